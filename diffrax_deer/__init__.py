@@ -1,0 +1,13 @@
+from ._guess import (
+    AbstractGuess as AbstractGuess,
+    CoarseGuess as CoarseGuess,
+    ConstantGuess as ConstantGuess,
+)
+from ._method import AbstractMethod as AbstractMethod, DEER as DEER
+from ._scan import (
+    AbstractScan as AbstractScan,
+    AssociativeScan as AssociativeScan,
+    AutoScan as AutoScan,
+    SequentialScan as SequentialScan,
+)
+from ._solver import DeerSolver as DeerSolver, DeerState as DeerState

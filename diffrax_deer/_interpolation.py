@@ -1,0 +1,75 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractLocalInterpolation
+from jaxtyping import Array, PyTree, Real
+
+
+RealScalarLike = Any
+
+
+def uniform_grid(
+    t0: Real[Array, ""], t1: Real[Array, ""], substeps: int
+) -> Real[Array, " substeps+1"]:
+    """The times at which the substeps of the window `[t0, t1]` begin and end."""
+    return _grid_time(t0, t1, substeps, jnp.arange(substeps + 1))
+
+
+def _grid_time(t0, t1, substeps, index):
+    fraction = index.astype(t0.dtype) / substeps
+    # Exact at both ends.
+    return jnp.where(index == substeps, t1, t0 + fraction * (t1 - t0))
+
+
+class WindowInterpolation(AbstractLocalInterpolation):
+    """Inside each substep of a window, the interpolation of the wrapped solver."""
+
+    t0: RealScalarLike
+    t1: RealScalarLike
+    # With a leading axis `substeps`
+    dense_infos: PyTree[Array]
+    substeps: int
+    interpolation_cls: Callable[..., AbstractLocalInterpolation]
+
+    def evaluate(
+        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
+    ) -> PyTree[Array]:
+        if t1 is not None:
+            return jtu.tree_map(
+                jnp.subtract, self.evaluate(t1, left=left), self.evaluate(t0, left=left)
+            )
+        t = t0
+        # Arithmetic rather than a search, as XLA can then fuse the batched evaluation
+        # of many points. If rounding picks a neighbour instead, then that is evaluated
+        # a rounding error beyond its end.
+        length = self.t1 - self.t0
+        length = jnp.where(length == 0, 1, length)
+        position = self.substeps * lax.stop_gradient((t - self.t0) / length)
+        index = jnp.ceil(position) - 1 if left else jnp.floor(position)
+        index = jnp.clip(index, 0, self.substeps - 1).astype(jnp.int32)
+        t0, t1 = (
+            _grid_time(self.t0, self.t1, self.substeps, i) for i in (index, index + 1)
+        )
+        dense_info = jtu.tree_map(lambda x: x[index], self.dense_infos)
+        return self.interpolation_cls(t0=t0, t1=t1, **dense_info).evaluate(t, left=left)
+
+
+# A dataclass rather than a closure or a `functools.partial`, as Diffrax stores this as
+# static information, which JAX then compares.
+@dataclasses.dataclass(frozen=True)
+class WindowInterpolationFactory:
+    interpolation_cls: Callable[..., AbstractLocalInterpolation]
+    substeps: int
+
+    def __call__(self, *, t0, t1, dense_infos) -> WindowInterpolation:
+        return WindowInterpolation(
+            t0=t0,
+            t1=t1,
+            dense_infos=dense_infos,
+            substeps=self.substeps,
+            interpolation_cls=self.interpolation_cls,
+        )

@@ -1,0 +1,2 @@
+from .base import AbstractMethod as AbstractMethod
+from .deer import DEER as DEER

@@ -1,0 +1,196 @@
+from collections.abc import Callable
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import (
+    AbstractERK,
+    AbstractRungeKutta,
+    AbstractSolver,
+    AbstractSRK,
+    AbstractTerm,
+    ButcherTableau,
+    MultiTerm,
+    ODETerm,
+    RESULTS,
+)
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+
+class Substep(eqx.Module):
+    """What one step of the wrapped solver returns. (Apart from its solver state.)"""
+
+    y1: PyTree[Array]
+    y_error: PyTree[Array] | None
+    dense_info: dict[str, Any]
+    result: RESULTS
+
+
+class OneStepMap(eqx.Module):
+    r"""The wrapped solver, as a map from the values at the start of every substep of a
+    window to the values at their ends. The substeps are independent of each other: they
+    are all made at once.
+
+    Vectors are the flattened state of the differential equation.
+    """
+
+    ts: Float[Array, " substeps+1"]
+    # `(t0, t1, y0) -> Substep`
+    substep: Callable[..., Substep]
+    # `(t, y) -> dy/dt`, if this is an ordinary differential equation
+    vector_field: Callable | None
+    ravel: Callable[[PyTree], Array]
+    unravel: Callable[[Array], PyTree]
+
+    def __init__(
+        self,
+        solver: AbstractSolver,
+        terms: PyTree[AbstractTerm],
+        ts: Float[Array, " substeps+1"],
+        y0: PyTree[Array],
+        args: PyTree[Any],
+    ):
+        self.ts = ts
+        if _is_explicit_runge_kutta(solver):
+            substep = _explicit_runge_kutta(solver.tableau, terms, args)  # pyright: ignore
+        else:
+            substep = _any_solver(solver, terms, args)
+        # `jit` not for speed of execution but of tracing. The same substep occurs in
+        # the residual, in its linearisations, in the output...
+        self.substep = jax.jit(substep)
+        self.vector_field = jax.jit(_vector_field(terms, args)) if is_ode(terms) else None
+        _, self.unravel = ravel_pytree(y0)
+        self.ravel = lambda y: ravel_pytree(y)[0]
+
+    def substeps(self, ys: Float[Array, "substeps size"]) -> Substep:
+        """The full output of each substep, with a leading axis `substeps`."""
+
+        def one(t0, t1, y):
+            return self.substep(t0, t1, self.unravel(y))
+
+        return jax.vmap(one)(self.ts[:-1], self.ts[1:], ys)
+
+    def __call__(
+        self, ys: Float[Array, "substeps size"]
+    ) -> Float[Array, "substeps size"]:
+        return jax.vmap(self.ravel)(self.substeps(ys).y1)
+
+    def jacobian(
+        self, ys: Float[Array, "substeps size"]
+    ) -> Float[Array, "substeps size size"]:
+        """The exact Jacobian of every substep."""
+
+        def one(t0, t1, y):
+            return self.ravel(self.substep(t0, t1, self.unravel(y)).y1)
+
+        return jax.vmap(jax.jacfwd(one, argnums=2))(self.ts[:-1], self.ts[1:], ys)
+
+    def vector_field_jacobian(
+        self, ys: Float[Array, "substeps size"]
+    ) -> Float[Array, "substeps size size"]:
+        """The Jacobian of the vector field at the end of every substep."""
+
+        def one(t, y):
+            return self.ravel(self.vector_field(t, self.unravel(y)))
+
+        return jax.vmap(jax.jacfwd(one, argnums=1))(self.ts[1:], ys)
+
+
+def is_ode(terms: PyTree[AbstractTerm]) -> bool:
+    """Whether `terms` is an ordinary differential equation `dy/dt = f(t, y)`."""
+    if isinstance(terms, MultiTerm):
+        return all(is_ode(term) for term in terms.terms)
+    elif isinstance(terms, AbstractTerm) and hasattr(terms, "term"):
+        # Diffrax wraps terms to reverse time, and to solve their adjoint equation.
+        return is_ode(terms.term)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        return type(terms) is ODETerm
+
+
+def _vector_field(terms, args):
+    def vector_field(t, y):
+        # The control of an `ODETerm` is the time that passes. (Perhaps backwards.)
+        unit_control = terms.contr(jnp.zeros_like(t), jnp.ones_like(t))
+        return terms.vf_prod(t, y, args, unit_control)
+
+    return vector_field
+
+
+def _is_explicit_runge_kutta(solver: AbstractSolver) -> bool:
+    # Not `isinstance`: this is also true for solvers that wrap a Runge--Kutta method.
+    # A subclass may also have changed what a step is.
+    cls = type(solver)
+    return (
+        issubclass(cls, AbstractERK)
+        and cls.step is AbstractRungeKutta.step
+        and isinstance(cls.tableau, ButcherTableau)
+    )
+
+
+def _explicit_runge_kutta(tableau: ButcherTableau, terms, args):
+    # Diffrax loops over the stages. Unrolled, XLA can fuse them, we can differentiate
+    # them in both modes, and may skip those stages that are only needed for the error.
+    cs = [tableau.c1, *tableau.c.tolist()]
+    a_lower = [[], *(a.tolist() for a in tableau.a_lower)]
+
+    def substep(t0, t1, y0):
+        dt = t1 - t0
+        control = terms.contr(t0, t1)
+        # Many stages, one trace.
+        vf_prod = jax.jit(lambda t, y: terms.vf_prod(t, y, args, control))
+
+        def combine(coeffs, ks):
+            coeffs__ks = [(c, k) for c, k in zip(coeffs, ks) if c != 0]
+            if len(coeffs__ks) == 0:
+                return jtu.tree_map(jnp.zeros_like, y0)
+            coeffs, ks = zip(*coeffs__ks)
+            return jtu.tree_map(lambda *k: sum(c * ki for c, ki in zip(coeffs, k)), *ks)
+
+        def increment(coeffs, ks):
+            return jtu.tree_map(jnp.add, y0, combine(coeffs, ks))
+
+        ks = []
+        for c, a in zip(cs, a_lower):
+            t = t1 if c == 1 else t0 + c * dt
+            ks.append(vf_prod(t, increment(a, ks)))
+        y1 = increment(tableau.b_sol.tolist(), ks)
+        y_error = combine(tableau.b_error.tolist(), ks)
+        k = jtu.tree_map(lambda *k: jnp.stack(k), *ks)
+        return Substep(y1, y_error, dict(y0=y0, y1=y1, k=k), RESULTS.successful)
+
+    return substep
+
+
+def _any_solver(solver: AbstractSolver, terms, args):
+    solver = _jvp_compatible(solver)
+
+    def substep(t0, t1, y0):
+        # A one-step method has no memory: its state only ever caches what can be found
+        # from `(t0, t1, y0)` as well. So each substep begins with a new one.
+        state = solver.init(terms, t0, t1, y0, args)
+        y1, y_error, dense_info, _, result = solver.step(
+            terms, t0, t1, y0, args, state, made_jump=False
+        )
+        return Substep(y1, y_error, dense_info, result)
+
+    return substep
+
+
+def _jvp_compatible(solver: AbstractSolver) -> AbstractSolver:
+    # Diffrax's default for the loop over stages cannot be differentiated in forward
+    # mode, which is how Jacobians are computed.
+    has_scan_kind = lambda x: isinstance(x, (AbstractRungeKutta, AbstractSRK)) and any(
+        issubclass(type(x), cls) for cls in (AbstractRungeKutta, AbstractSRK)
+    )
+
+    def fix(x):
+        if has_scan_kind(x):
+            return eqx.tree_at(
+                lambda s: s.scan_kind, x, "bounded", is_leaf=lambda s: s is None
+            )
+        return x
+
+    return cast(AbstractSolver, jtu.tree_map(fix, solver, is_leaf=has_scan_kind))
