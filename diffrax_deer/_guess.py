@@ -7,8 +7,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractSolver, AbstractTerm
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree, Real
 
+from ._checks import check_one_step_solver, check_positive_int
 from ._interpolation import uniform_grid, WindowInterpolation
 from ._step import OneStepMap
 
@@ -21,7 +22,7 @@ class AbstractGuess(eqx.Module):
         self,
         solver: AbstractSolver,
         terms: PyTree[AbstractTerm],
-        ts: Float[Array, " substeps+1"],
+        ts: Real[Array, " substeps+1"],
         y0: PyTree[Array],
         args: PyTree[Any],
     ) -> PyTree[Array]:
@@ -51,7 +52,7 @@ class ConstantGuess(AbstractGuess):
         self,
         solver: AbstractSolver,
         terms: PyTree[AbstractTerm],
-        ts: Float[Array, " substeps+1"],
+        ts: Real[Array, " substeps+1"],
         y0: PyTree[Array],
         args: PyTree[Any],
     ) -> PyTree[Array]:
@@ -66,41 +67,41 @@ ConstantGuess.__init__.__doc__ = """**Arguments:** None"""
 class CoarseGuess(AbstractGuess):
     """Makes a few large steps one after the other, and interpolates between them.
 
-    This takes few iterations, also over windows which are long enough for the solution
-    to oscillate, or to pass several time scales.
+    Then few iterations are needed also over windows that are long enough for the
+    solution to oscillate, or to pass several time scales. Where such large steps are
+    unstable (the problem is stiff and the solver explicit), this falls back to the
+    constant guess.
     """
 
     solver: AbstractSolver | None = None
-    steps: int = eqx.field(default=16, static=True)
+    steps: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
-        if self.solver is not None and not isinstance(self.solver, AbstractSolver):
-            raise TypeError(
-                "`CoarseGuess(solver=...)` must be a Diffrax solver or `None`, got "
-                f"{self.solver!r}."
-            )
-        if type(self.steps) is not int or self.steps < 1:
-            raise ValueError(
-                "`CoarseGuess(steps=...)` must be an integer of at least 1, got "
-                f"{self.steps!r}."
-            )
+        if self.solver is not None:
+            check_one_step_solver(self.solver, "CoarseGuess(solver=...)")
+        if self.steps is not None:
+            check_positive_int(self.steps, "CoarseGuess(steps=...)")
 
     def __call__(
         self,
         solver: AbstractSolver,
         terms: PyTree[AbstractTerm],
-        ts: Float[Array, " substeps+1"],
+        ts: Real[Array, " substeps+1"],
         y0: PyTree[Array],
         args: PyTree[Any],
     ) -> PyTree[Array]:
-        if self.solver is not None:
-            solver = self.solver
-        steps = min(self.steps, ts.shape[0] - 1)
+        substeps = ts.shape[0] - 1
+        if self.steps is None:
+            # Measured, see `benchmarks/NOTES.md`.
+            steps = min(max(substeps // 4, 1), 32)
+        else:
+            steps = min(self.steps, substeps)
         coarse_ts = uniform_grid(ts[0], ts[-1], steps)
-        step = OneStepMap(solver, terms, coarse_ts, y0, args)
+        coarse_solver = solver if self.solver is None else self.solver
+        coarse_step = OneStepMap(coarse_solver, terms, coarse_ts, y0, args)
 
-        def body(y, t0_t1):
-            out = step.substep(*t0_t1, y)
+        def body(y, t0__t1):
+            out = coarse_step.substep(*t0__t1, y)
             return out.y1, out.dense_info
 
         _, dense_infos = lax.scan(body, y0, (coarse_ts[:-1], coarse_ts[1:]))
@@ -109,13 +110,32 @@ class CoarseGuess(AbstractGuess):
             t1=ts[-1],
             dense_infos=dense_infos,
             substeps=steps,
-            interpolation_cls=solver.interpolation_cls,
+            interpolation_cls=coarse_solver.interpolation_cls,
         )
-        return jax.vmap(interpolation.evaluate)(ts[1:])
+        coarse = jax.vmap(interpolation.evaluate)(ts[1:])
+        if coarse_step.vector_field is None:
+            return coarse
+
+        # Of both guesses, take that which satisfies the differential equation better.
+        constant = ConstantGuess()(solver, terms, ts, y0, args)
+
+        def defect(ys):
+            ys = jtu.tree_map(lambda y, ys: jnp.concatenate([y[None], ys]), y0, ys)
+            fs = jax.vmap(coarse_step.vector_field)(ts, ys)
+            ys, fs = jax.vmap(coarse_step.ravel)(ys), jax.vmap(coarse_step.ravel)(fs)
+            trapezoid = 0.5 * jnp.diff(ts)[:, None] * (fs[1:] + fs[:-1])
+            size = jnp.max(jnp.abs(jnp.diff(ys, axis=0) - trapezoid), initial=0)
+            return jnp.where(jnp.isfinite(size), size, jnp.inf)
+
+        guesses = jtu.tree_map(lambda *ys: jnp.stack(ys), coarse, constant)
+        best = jnp.argmin(jax.vmap(defect)(guesses))
+        return jtu.tree_map(lambda ys: ys[best], guesses)
 
 
 CoarseGuess.__init__.__doc__ = """**Arguments:**
 
-- `solver`: the solver that makes these steps. Defaults to the wrapped solver.
-- `steps`: how many steps to make.
+- `solver`: the solver that makes these steps. Defaults to the solver that
+    [`diffrax_deer.DeerSolver`][] wraps.
+- `steps`: how many steps to make. (At most `substeps`.) Defaults to a quarter of
+    `substeps`, but at most 32.
 """

@@ -1,6 +1,5 @@
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax.lax as lax
 import jax.numpy as jnp
@@ -8,19 +7,18 @@ import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
 from jaxtyping import Array, PyTree, Real
 
-
-RealScalarLike = Any
+from ._custom_types import RealScalarLike
 
 
 def uniform_grid(
-    t0: Real[Array, ""], t1: Real[Array, ""], substeps: int
+    t0: RealScalarLike, t1: RealScalarLike, substeps: int
 ) -> Real[Array, " substeps+1"]:
     """The times at which the substeps of the window `[t0, t1]` begin and end."""
     return _grid_time(t0, t1, substeps, jnp.arange(substeps + 1))
 
 
 def _grid_time(t0, t1, substeps, index):
-    fraction = index.astype(t0.dtype) / substeps
+    fraction = index.astype(jnp.result_type(t0)) / substeps
     # Exact at both ends.
     return jnp.where(index == substeps, t1, t0 + fraction * (t1 - t0))
 

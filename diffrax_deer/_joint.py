@@ -5,8 +5,9 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from diffrax import RESULTS
-from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._custom_types import RealScalarLike
 from ._method import AbstractMethod
 from ._scan import AbstractScan
 from ._step import OneStepMap
@@ -23,7 +24,7 @@ class JointSolution(eqx.Module):
     ys: Float[Array, "substeps size"]
     num_iterations: Int[Array, ""]
     result: RESULTS
-    # The linearisation used by the last iteration.
+    # The linearisation of the last iteration.
     A: Float[Array, "substeps size size"]
 
 
@@ -32,6 +33,7 @@ class _State(eqx.Module):
     A: Float[Array, "substeps size size"]
     num_iterations: Int[Array, ""]
     change: Float[Array, ""]
+    finite: Bool[Array, ""]
     converged: Bool[Array, ""]
     stuck: Bool[Array, ""]
 
@@ -39,13 +41,13 @@ class _State(eqx.Module):
 def joint_solve(
     step: OneStepMap,
     y0: Float[Array, " size"],
-    guess: Float[Array, "substeps size"],
+    guess: Callable[[], Float[Array, "substeps size"]],
     *,
     method: AbstractMethod,
     scan: AbstractScan,
-    rtol: float,
-    atol: float,
-    norm: Callable[[PyTree], Scalar],
+    rtol: RealScalarLike,
+    atol: RealScalarLike,
+    norm: Callable[[PyTree], RealScalarLike],
     max_iters: int,
 ) -> JointSolution:
     r"""Solves $y_{n+1} = \Phi_n(y_n)$ for all $n$ jointly.
@@ -53,110 +55,133 @@ def joint_solve(
     `ys` can be differentiated with respect to `y0` and all that `step` closes over, in
     forward and in reverse mode and more than once. Its derivative is that of the
     equation solved: it depends neither on the guess nor on the method.
-    """
 
-    def starts(ys):
-        return jnp.concatenate([y0[None], ys[:-1]])
+    If the result is not successful, then `ys` is `y0` throughout.
+    """
+    solution = _without_gradient(
+        lambda: _iterate(step, y0, guess(), method, scan, rtol, atol, norm, max_iters)
+    )
+    okay = solution.result == RESULTS.successful
+    # A window that failed is masked out by the step size controller, at the end. That
+    # is not enough, as the zero cotangents that it gets would still be multiplied with
+    # derivatives that may have overflowed.
+    ys = jnp.where(okay, solution.ys, lax.stop_gradient(y0))
 
     def residual(ys):
-        return ys - step(starts(ys))
+        return ys - jnp.where(okay, step(_starts(y0, ys)), lax.stop_gradient(ys))
 
-    def iterate():
-        return _iterate(
-            step, y0, starts, guess, method, scan, rtol, atol, norm, max_iters
-        )
-
-    def tangent_solve(residual_jvp, b):
-        # `residual_jvp(x)[n] = x[n] - A[n] @ x[n - 1]`, which we can take apart by
-        # moving all substeps along the same unit vector.
-        def column(unit):
-            x = jnp.broadcast_to(unit, b.shape)
-            return x - residual_jvp(x)
-
-        A = jax.vmap(column, out_axes=-1)(jnp.eye(b.shape[-1], dtype=b.dtype))
-        A_T = jnp.swapaxes(A, -1, -2)
-        A_T = jnp.concatenate([A_T[1:], jnp.zeros_like(A_T[:1])])
-        return lax.custom_linear_solve(
-            residual_jvp,
-            b,
-            solve=lambda _, b: scan(A, b),
-            transpose_solve=lambda _, b: scan(A_T, b, reverse=True),
-        )
-
-    solution = without_gradient(iterate)
-    okay = solution.result == RESULTS.successful
-    ys = lax.custom_root(residual, solution.ys, lambda _, ys: ys, tangent_solve)
+    residual = eqx.filter_closure_convert(residual, ys)
+    ys = _implicit_function(ys, residual, scan)
     return eqx.tree_at(lambda s: s.ys, solution, ys)
 
 
-def without_gradient(fn: Callable[[], PyTree]) -> PyTree:
-    """Calls `fn`, which JAX will not try to differentiate."""
-    # So hoist everything that it closes over, at which to stop the gradient.
+# This could be `jax.lax.custom_root`, which however traces the derivatives also if they
+# are not needed.
+@eqx.filter_custom_jvp
+def _implicit_function(ys, residual, scan):
+    """The `ys` at which `residual(ys) == 0`, as a function of what is in `residual`."""
+    del residual, scan
+    return ys
+
+
+@_implicit_function.def_jvp
+def _implicit_function_jvp(primals, tangents):
+    ys, residual, scan = primals
+    _, t_residual, _ = tangents
+    # For higher derivatives: the rule below also depends on the solution.
+    ys = _implicit_function(ys, residual, scan)
+    _, b = eqx.filter_jvp(lambda fn: fn(ys), (residual,), (t_residual,))
+    _, residual_jvp = jax.linearize(residual, ys)
+
+    # `residual_jvp(x)[n] = x[n] - A[n] @ x[n - 1]`, which can be taken apart by moving
+    # all substeps along the same unit vector.
+    def column(unit):
+        x = jnp.broadcast_to(unit, ys.shape)
+        return x - residual_jvp(x)
+
+    A = jax.vmap(column, out_axes=-1)(jnp.eye(ys.shape[-1], dtype=ys.dtype))
+    A_T = jnp.swapaxes(A, -1, -2)
+    A_T = jnp.concatenate([A_T[1:], jnp.zeros_like(A_T[:1])])
+    t_ys = lax.custom_linear_solve(
+        residual_jvp,
+        -b,
+        solve=lambda _, b: scan(A, b),
+        transpose_solve=lambda _, b: scan(A_T, b, reverse=True),
+    )
+    return ys, t_ys
+
+
+def _starts(y0, ys):
+    return jnp.concatenate([y0[None], ys[:-1]])
+
+
+def _without_gradient(fn):
+    # Hoist everything that `fn` closes over, and stop the gradient there. Otherwise JAX
+    # would differentiate the operations of the iteration, or complain that it cannot.
     fn = eqx.filter_closure_convert(fn)
     dynamic, static = eqx.partition(fn, eqx.is_array)
     return eqx.combine(lax.stop_gradient(dynamic), static)()
 
 
-def _iterate(step, y0, starts, guess, method, scan, rtol, atol, norm, max_iters):
-    eps = float(jnp.finfo(guess.dtype).eps)
+def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
+    substeps, size = guess.shape
 
     def cond_fun(state):
-        return (
-            ~state.converged & ~state.stuck & (state.num_iterations < max_iters)
+        return jnp.invert(state.converged | state.stuck) & (
+            state.num_iterations < max_iters
         )
 
     def body_fun(state):
         ys = state.ys
-        new_ys = step(starts(ys))
-        r = new_ys - ys
+        stepped_ys = step(_starts(y0, ys))
         A = method.linearise(step, y0, ys)
 
-        # Far from the solution, vector fields may overflow or leave their domain. Those
+        # Far from the solution, vector fields may overflow or leave their domain. Such
         # substeps are left as they are, and wait for better values to arrive.
-        ok = jnp.isfinite(new_ys).all(axis=-1) & jnp.isfinite(A).all(axis=(-1, -2))
-        A = jnp.where(ok[:, None, None], A, 0)
-        r = jnp.where(ok[:, None], r, 0)
+        okay = jnp.isfinite(stepped_ys).all(axis=-1)
+        r = jnp.where(okay[:, None], stepped_ys - ys, 0)
+        usable = okay & jnp.isfinite(A).all(axis=(-1, -2))
+        A = jnp.where(usable[:, None, None], A, 0)
         delta = scan(A, r)
-        ok = ok & jnp.isfinite(delta).all(axis=-1)
-        # Up to the front of those substeps whose initial value is final already,
-        # `delta == r` and the new values are those of the substep, to the last bit. The
-        # front moves by one substep or more in every iteration.
-        new_ys = jnp.where(ok[:, None], new_ys + (delta - r), ys)
-        delta = new_ys - ys
+        okay = okay & jnp.isfinite(delta).all(axis=-1)
+        # This sum is arranged such that, up to the front of those substeps that start
+        # from a final value, `delta == r` gives the wrapped solver's step to the last
+        # bit. The front moves by at least one substep in every iteration.
+        new_ys = jnp.where(okay[:, None], stepped_ys + (delta - r), ys)
 
+        delta = new_ys - ys
         scale = jnp.maximum(jnp.abs(ys), jnp.abs(new_ys))
         change = norm(delta / (atol + rtol * scale))
-        small_change = change < 1
-        # With many or unstable substeps, rounding errors add up to more than the
-        # tolerance. Then we are done as soon as another iteration does not help.
-        largest = jnp.max(scale, axis=-1, keepdims=True)
-        rounding = jnp.all(jnp.abs(r) <= _ROUNDING * eps * largest)
-        stagnates = rounding & (change > 0.5 * state.change)
-        all_ok = jnp.all(ok)
+        # Over many substeps, rounding errors may add up to more than the tolerance.
+        # Then we are done once another iteration does not help.
+        rounding_error = _ROUNDING * step.eps * jnp.max(scale, axis=-1, keepdims=True)
+        stagnates = jnp.all(jnp.abs(r) <= rounding_error) & (change > state.change / 2)
+        num_iterations = state.num_iterations + 1
+        finite = jnp.all(okay)
+        complete = num_iterations == substeps
         return _State(
             ys=new_ys,
             A=A,
-            num_iterations=state.num_iterations + 1,
+            num_iterations=num_iterations,
             change=change,
-            converged=all_ok & (small_change | stagnates),
-            stuck=~all_ok & jnp.all(delta == 0),
+            finite=finite,
+            converged=finite & ((change < 1) | stagnates | complete),
+            stuck=jnp.invert(finite) & jnp.all(delta == 0),
         )
 
-    size = guess.shape[-1]
     state = _State(
         ys=guess,
-        A=jnp.zeros((*guess.shape, size), guess.dtype),
+        A=jnp.zeros((substeps, size, size), guess.dtype),
         num_iterations=jnp.array(0),
         change=jnp.array(jnp.inf, guess.dtype),
+        finite=jnp.array(True),
+        # The trivial state has nothing to iterate on.
         converged=jnp.array(size == 0),
         stuck=jnp.array(False),
     )
     state = lax.while_loop(cond_fun, body_fun, state)
     result = RESULTS.where(
-        state.converged,
-        RESULTS.successful,
-        RESULTS.where(
-            state.stuck, RESULTS.nonfinite, RESULTS.nonlinear_max_steps_reached
-        ),
+        state.finite, RESULTS.nonlinear_max_steps_reached, RESULTS.nonfinite
     )
+    result = RESULTS.where(state.converged, RESULTS.successful, result)
     return JointSolution(state.ys, state.num_iterations, result, state.A)

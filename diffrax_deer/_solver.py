@@ -1,45 +1,51 @@
 from collections.abc import Callable
 from dataclasses import KW_ONLY
-from typing import Any
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 import optimistix as optx
 from diffrax import (
     AbstractSolver,
     AbstractTerm,
     AbstractWrappedSolver,
-    LeapfrogMidpoint,
     RESULTS,
-    ReversibleHeun,
     Tsit5,
 )
-from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real, Scalar
+from jaxtyping import Array, Int, PyTree, Real
 
+from ._checks import (
+    check_instance,
+    check_one_step_solver,
+    check_positive_int,
+    check_state,
+    check_tolerance,
+)
+from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
 from ._guess import AbstractGuess, CoarseGuess
 from ._interpolation import uniform_grid, WindowInterpolationFactory
-from ._joint import joint_solve, without_gradient
+from ._joint import joint_solve
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
 from ._step import OneStepMap
 
 
 class DeerState(eqx.Module):
-    """The `solver_state` of [`diffrax_deer.DeerSolver`][].
+    """The state of [`diffrax_deer.DeerSolver`][], as is returned by
+    `diffeqsolve(..., saveat=SaveAt(solver_state=True))` and accepted by
+    `diffeqsolve(..., solver_state=...)`.
+
+    It is a first guess, and not differentiable.
 
     **Attributes:**
 
-    - `t0`, `t1`: the last window. (In Diffrax's internal time, which always runs
-        forwards.)
-    - `ys`: the trajectory over the last window. A PyTree like the state of the
-        differential equation, whose leaves have a leading axis `substeps`: the values
-        at the end of each substep.
-    - `num_iterations`: how many iterations this window took.
+    - `t0`, `t1`: the last window. (Both negated if integrating backwards in time.)
+    - `ys`: the trajectory over the last window, at the ends of its substeps. A PyTree
+        like the state of the differential equation, with an additional leading axis of
+        size `substeps` on every leaf.
+    - `num_iterations`: the number of iterations made to find it. An integer.
     """
 
     t0: Real[Array, ""]
@@ -49,7 +55,46 @@ class DeerState(eqx.Module):
 
 
 class DeerSolver(AbstractWrappedSolver[DeerState]):
-    """Doc."""
+    r"""Solves many steps of another solver jointly, in parallel over time.
+
+    Each step of `DeerSolver` is a *window*: it is split into `substeps` equal parts,
+    over which the wrapped solver makes one step each. All of these are found at once,
+    by an iteration whose every pass evaluates the vector field at all of them in
+    parallel, and solves a linear recurrence between them.
+
+    - The solution is that of the wrapped solver on the same grid, up to the tolerance
+        of this iteration. So are its order of convergence, stability, dense output, and
+        whether it converges to the Itô or the Stratonovich solution.
+    - `dt0` and `stepsize_controller` choose the windows. An adaptive controller sees
+        the error accumulated over the window, and finds windows that are both accurate
+        enough and easy enough to be solved jointly. With `dt0 = t1 - t0` and constant
+        steps, the whole differential equation is a single window.
+    - A window on which the iteration fails has an infinite error estimate. So an
+        adaptive step size controller will try again with a smaller one, whilst with
+        constant steps `diffeqsolve` reports the failure.
+    - Derivatives are obtained from the implicit function theorem, in any mode and of
+        any order that `diffeqsolve(..., adjoint=...)` supports. They are those of the
+        wrapped solver.
+    - Events are looked for at the ends of windows. A boolean event ends the solve at
+        the end of the window in which it becomes true, and of a floating event which
+        changes sign twice within one window neither change is seen. If this matters
+        then use smaller windows.
+
+    The wrapped solver may be any one-step method of Diffrax. Explicit Runge--Kutta
+    methods are the fastest choice.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @inproceedings{lim2024parallelizing,
+            author={Lim, Yi Heng and Zhu, Qi and Selfridge, Joshua and
+                    Kasim, Muhammad Firmansyah},
+            title={Parallelizing non-linear sequential models over the sequence length},
+            booktitle={International Conference on Learning Representations},
+            year={2024},
+        }
+        ```
+    """
 
     solver: AbstractSolver = Tsit5()
     substeps: int = eqx.field(default=64, static=True)
@@ -57,10 +102,33 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     method: AbstractMethod = DEER()
     scan: AbstractScan = AutoScan()
     guess: AbstractGuess = CoarseGuess()
-    rtol: float | None = None
-    atol: float | None = None
-    norm: Callable[[PyTree], Scalar] = optx.max_norm
+    rtol: RealScalarLike | None = None
+    atol: RealScalarLike | None = None
+    norm: Callable[[PyTree], RealScalarLike] = optx.max_norm
     max_iters: int | None = eqx.field(default=None, static=True)
+
+    def __check_init__(self):
+        check_one_step_solver(self.solver, "DeerSolver(solver=...)")
+        if isinstance(self.solver, DeerSolver):
+            raise ValueError(
+                "`DeerSolver(solver=...)` cannot be another `DeerSolver`. Wrap the "
+                "innermost solver directly, and multiply the numbers of `substeps`."
+            )
+        check_positive_int(self.substeps, "DeerSolver(substeps=...)")
+        check_instance(self.method, AbstractMethod, "DeerSolver(method=...)")
+        check_instance(self.scan, AbstractScan, "DeerSolver(scan=...)")
+        check_instance(self.guess, AbstractGuess, "DeerSolver(guess=...)")
+        if self.rtol is not None:
+            check_tolerance(self.rtol, "DeerSolver(rtol=...)")
+        if self.atol is not None:
+            check_tolerance(self.atol, "DeerSolver(atol=...)")
+        if not callable(self.norm):
+            raise TypeError(
+                "`DeerSolver(norm=...)` must be a function `PyTree -> Scalar`, for "
+                f"example `optimistix.max_norm`, got {self.norm!r}."
+            )
+        if self.max_iters is not None:
+            check_positive_int(self.max_iters, "DeerSolver(max_iters=...)")
 
     @property
     def term_structure(self):
@@ -74,42 +142,64 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     def term_compatible_contr_kwargs(self):
         return self.solver.term_compatible_contr_kwargs
 
+    # As `isinstance` checks are forwarded to the wrapped solver, so must be the
+    # attributes that Diffrax then expects.
+
     @property
     def scan_kind(self):
-        return self.solver.scan_kind
+        return self.solver.scan_kind  # pyright: ignore
 
     @property
     def root_finder(self):
-        return self.solver.root_finder
+        return self.solver.root_finder  # pyright: ignore
 
     @property
     def root_find_max_steps(self):
-        return self.solver.root_find_max_steps
+        return self.solver.root_find_max_steps  # pyright: ignore
 
-    def order(self, terms):
+    def order(self, terms: PyTree[AbstractTerm]) -> int | None:
         return self.solver.order(terms)
 
-    def strong_order(self, terms):
+    def strong_order(self, terms: PyTree[AbstractTerm]) -> RealScalarLike | None:
         return self.solver.strong_order(terms)
 
-    def error_order(self, terms):
+    def error_order(self, terms: PyTree[AbstractTerm]) -> RealScalarLike | None:
         return self.solver.error_order(terms)
 
-    def func(self, terms, t0, y0, args):
+    def func(
+        self, terms: PyTree[AbstractTerm], t0: RealScalarLike, y0: Y, args: Args
+    ) -> VF:
         return self.solver.func(terms, t0, y0, args)
 
-    def init(self, terms, t0, t1, y0, args):
+    def init(
+        self,
+        terms: PyTree[AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> DeerState:
         del terms, t1, args
+        # Equal to the times of no window.
         never = jnp.full_like(t0, jnp.nan)
-        ys = jtu.tree_map(lambda y: jnp.zeros((self.substeps, *y.shape), y.dtype), y0)
-        return DeerState(never, never, ys, jnp.array(0))
+        return DeerState(never, never, self._zero_trajectory(y0), jnp.array(0))
 
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+    def step(
+        self,
+        terms: PyTree[AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: DeerState,
+        made_jump: BoolScalarLike,
+    ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
         del made_jump
+        check_state(y0, "y0")
+        self._check_solver_state(solver_state, y0)
         ts = uniform_grid(t0, t1, self.substeps)
         step = OneStepMap(self.solver, terms, ts, y0, args)
         flat_y0 = step.ravel(y0)
-        rtol, atol = self._tolerances(flat_y0.dtype)
 
         def guess():
             same_window = (solver_state.t0 == t0) & (solver_state.t1 == t1)
@@ -122,30 +212,94 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             finite = jnp.isfinite(ys).all(axis=-1, keepdims=True)
             return jnp.where(finite, ys, flat_y0)
 
+        rtol, atol = self._tolerances(step.eps)
         solution = joint_solve(
-            step, flat_y0, without_gradient(guess), method=self.method, scan=self.scan,
-            rtol=rtol, atol=atol, norm=self.norm,
+            step,
+            flat_y0,
+            guess,
+            method=self.method,
+            scan=self.scan,
+            rtol=rtol,
+            atol=atol,
+            norm=self.norm,
             max_iters=self.substeps if self.max_iters is None else self.max_iters,
         )
         ys = solution.ys
-        out = step.substeps(jnp.concatenate([flat_y0[None], ys[:-1]]))
-        first_failure = jnp.argmax(out.result != RESULTS.successful)
-        result = jtu.tree_map(lambda x: x[first_failure], out.result)
-        result = RESULTS.where(solution.result == RESULTS.successful, result, solution.result)
+        substeps = step.substeps(jnp.concatenate([flat_y0[None], ys[:-1]]))
+
+        # An implicit solver may also have failed on one of the substeps.
+        failed = substeps.result != RESULTS.successful
+        result = jtu.tree_map(lambda x: x[jnp.argmax(failed)], substeps.result)
+        joint_okay = solution.result == RESULTS.successful
+        result = RESULTS.where(joint_okay, result, solution.result)
         okay = result == RESULTS.successful
+
+        # Step size controllers divide the error by the solution, which so has to be
+        # finite also when the error is not.
         y1 = step.unravel(jnp.where(okay, ys[-1], flat_y0))
-        if out.y_error is None:
+        if substeps.y_error is None:
             y_error = None
         else:
-            errors = lax.stop_gradient(jax.vmap(step.ravel)(out.y_error))
-            y_error = self.scan(solution.A, errors)[-1]
-            y_error = step.unravel(jnp.where(okay, y_error, jnp.inf))
-        state = DeerState(t0, t1, lax.stop_gradient(jax.vmap(step.unravel)(ys)), solution.num_iterations)
-        return y1, y_error, dict(dense_infos=out.dense_info), state, result
+            # The error made on each substep, carried to the end of the window.
+            errors = lax.stop_gradient(jax.vmap(step.ravel)(substeps.y_error))
+            errors = self.scan(solution.A, errors)
+            y_error = step.unravel(jnp.where(okay, errors[-1], jnp.inf))
+        dense_info = dict(dense_infos=substeps.dense_info)
+        new_solver_state = DeerState(
+            t0=t0,
+            t1=t1,
+            ys=lax.stop_gradient(jax.vmap(step.unravel)(ys)),
+            num_iterations=solution.num_iterations,
+        )
+        return y1, y_error, dense_info, new_solver_state, result
 
-    def _tolerances(self, dtype):
-        eps = float(jnp.finfo(dtype).eps)
-        default = {2**-52: 1e-10, 2**-23: 1e-5}.get(eps, 100*eps)
+    def _zero_trajectory(self, y0):
+        return jtu.tree_map(
+            lambda y: jnp.zeros((self.substeps, *jnp.shape(y)), jnp.result_type(y)), y0
+        )
+
+    def _check_solver_state(self, solver_state, y0):
+        expected = jax.eval_shape(lambda: self._zero_trajectory(y0))
+        if isinstance(solver_state, DeerState):
+            actual = jax.eval_shape(lambda: solver_state.ys)
+            if eqx.tree_equal(actual, expected) is True:
+                return
+        raise ValueError(
+            "`diffeqsolve(..., solver_state=...)` does not belong to this solve. "
+            "`DeerSolver` needs a state saved with `SaveAt(solver_state=True)` by "
+            "another `DeerSolver` with the same number of `substeps`, for a `y0` of the "
+            f"same shape and dtype. Expected a trajectory of the form\n{expected}\nbut "
+            f"got the state\n{solver_state}"
+        )
+
+    def _tolerances(self, eps):
+        # An iteration that has come this close to the solution is, as the convergence
+        # is superlinear, much closer still.
+        default = 1e-10 if eps < 1e-12 else 40 * eps
         rtol = default if self.rtol is None else self.rtol
         atol = 1e-2 * default if self.atol is None else self.atol
         return rtol, atol
+
+
+DeerSolver.__init__.__doc__ = """**Arguments:**
+
+- `solver`: the solver to wrap, which makes every substep. Any one-step method.
+- `substeps`: the number of steps that each window is split into. An integer of at least
+    1. With `substeps=1` this is the wrapped solver.
+- `method`: how the substeps are linearised. See [`diffrax_deer.AbstractMethod`][].
+- `scan`: how the linear recurrence between the substeps is evaluated. See
+    [`diffrax_deer.AbstractScan`][]. Defaults to whatever suits the platform on which
+    the computation is going to run.
+- `guess`: the first guess of the trajectory over each window. See
+    [`diffrax_deer.AbstractGuess`][]. It is not used for a window whose trajectory is in
+    the `solver_state` passed to `diffeqsolve`.
+- `rtol`, `atol`: the iteration ends when it changes no value of the trajectory by more
+    than `atol + rtol * abs(value)`. This measures the distance to the wrapped solver's
+    solution, and has nothing to do with the latter's accuracy. `rtol` defaults to 1e-10
+    in double precision and to 5e-6 in single precision, `atol` to a hundredth of that.
+- `norm`: a function `PyTree -> Scalar` that says how large a change is, relative to the
+    tolerances. It is called with an array of shape `(substeps, size of the state)`.
+- `max_iters`: the maximum number of iterations for each window, an integer of at
+    least 1. If more would be needed then the window fails. Defaults to `substeps`,
+    which always suffices. (If the solution is finite.)
+"""

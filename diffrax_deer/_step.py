@@ -17,7 +17,7 @@ from diffrax import (
     RESULTS,
 )
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Real
 
 
 class Substep(eqx.Module):
@@ -37,19 +37,21 @@ class OneStepMap(eqx.Module):
     Vectors are the flattened state of the differential equation.
     """
 
-    ts: Float[Array, " substeps+1"]
+    ts: Real[Array, " substeps+1"]
     # `(t0, t1, y0) -> Substep`
     substep: Callable[..., Substep]
     # `(t, y) -> dy/dt`, if this is an ordinary differential equation
     vector_field: Callable | None
     ravel: Callable[[PyTree], Array]
     unravel: Callable[[Array], PyTree]
+    # The precision of the least precise leaf of the state.
+    eps: float
 
     def __init__(
         self,
         solver: AbstractSolver,
         terms: PyTree[AbstractTerm],
-        ts: Float[Array, " substeps+1"],
+        ts: Real[Array, " substeps+1"],
         y0: PyTree[Array],
         args: PyTree[Any],
     ):
@@ -61,9 +63,13 @@ class OneStepMap(eqx.Module):
         # `jit` not for speed of execution but of tracing. The same substep occurs in
         # the residual, in its linearisations, in the output...
         self.substep = jax.jit(substep)
-        self.vector_field = jax.jit(_vector_field(terms, args)) if is_ode(terms) else None
+        self.vector_field = (
+            jax.jit(_vector_field(terms, args)) if is_ode(terms) else None
+        )
         _, self.unravel = ravel_pytree(y0)
         self.ravel = lambda y: ravel_pytree(y)[0]
+        leaves = jtu.tree_leaves(y0)
+        self.eps = max((float(jnp.finfo(y.dtype).eps) for y in leaves), default=0.0)
 
     def substeps(self, ys: Float[Array, "substeps size"]) -> Substep:
         """The full output of each substep, with a leading axis `substeps`."""
@@ -182,8 +188,9 @@ def _any_solver(solver: AbstractSolver, terms, args):
 def _jvp_compatible(solver: AbstractSolver) -> AbstractSolver:
     # Diffrax's default for the loop over stages cannot be differentiated in forward
     # mode, which is how Jacobians are computed.
-    has_scan_kind = lambda x: isinstance(x, (AbstractRungeKutta, AbstractSRK)) and any(
-        issubclass(type(x), cls) for cls in (AbstractRungeKutta, AbstractSRK)
+    has_scan_kind = lambda x: (
+        isinstance(x, (AbstractRungeKutta, AbstractSRK))
+        and any(issubclass(type(x), cls) for cls in (AbstractRungeKutta, AbstractSRK))
     )
 
     def fix(x):

@@ -1,5 +1,7 @@
+import functools as ft
 import math
 
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -23,6 +25,13 @@ def _compose(first, second):
     A = jnp.matmul(A2, A1, precision=lax.Precision.HIGHEST)
     b = jnp.matmul(A2, b1[..., None], precision=lax.Precision.HIGHEST)[..., 0] + b2
     return _clip(A), b
+
+
+# As its length is not known to JAX, tracing this takes a while. `jit` to do so only once.
+@ft.partial(jax.jit, static_argnames="reverse")
+def _associative_scan(A, b, reverse):
+    _, xs = lax.associative_scan(_compose, (A, b), reverse=reverse)
+    return xs
 
 
 class AssociativeScan(AbstractScan):
@@ -52,8 +61,7 @@ class AssociativeScan(AbstractScan):
         *,
         reverse: bool = False,
     ) -> Float[Array, "substeps size"]:
-        _, xs = lax.associative_scan(_compose, (A, b), reverse=reverse)
-        return xs
+        return _associative_scan(A, b, reverse)
 
 
 AssociativeScan.__init__.__doc__ = """**Arguments:** None"""

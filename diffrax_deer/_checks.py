@@ -1,0 +1,63 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from diffrax import AbstractSolver, LeapfrogMidpoint, ReversibleHeun
+from jaxtyping import PyTree
+
+
+def check_positive_int(x: Any, name: str) -> None:
+    # A `bool` is an `int`, but not a number of anything.
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"`{name}` must be an integer of at least 1, got {x!r}.")
+    if x < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {x}.")
+
+
+def check_tolerance(x: Any, name: str) -> None:
+    if isinstance(x, jax.core.Tracer):
+        return  # Its value is not known yet.
+    if isinstance(x, bool) or not isinstance(x, (int, float, np.ndarray, jax.Array)):
+        raise TypeError(f"`{name}` must be a positive number or `None`, got {x!r}.")
+    if np.shape(x) != () or not x > 0:
+        raise ValueError(
+            f"`{name}` must be a positive number, got {x}. Use `None` for the default, "
+            "which is tight."
+        )
+
+
+def check_instance(x: Any, cls: type, name: str) -> None:
+    if not isinstance(x, cls):
+        msg = f"`{name}` must be an instance of `{cls.__name__}`, got {x!r}."
+        if isinstance(x, type) and issubclass(x, cls):
+            msg += f" Did you mean `{x.__name__}()`?"
+        raise TypeError(msg)
+
+
+def check_one_step_solver(solver: Any, name: str) -> None:
+    check_instance(solver, AbstractSolver, name)
+    for cls in (LeapfrogMidpoint, ReversibleHeun):
+        if isinstance(solver, cls):
+            raise ValueError(
+                f"`{name}` must be a one-step method, got `{cls.__name__}`. Its step "
+                "depends on the previous one as well as on the current value, and so "
+                "cannot be solved for from the values on a grid. Use another solver, "
+                "for example `diffrax.Midpoint()` or `diffrax.Heun()`."
+            )
+
+
+def check_state(y: PyTree, name: str) -> None:
+    for leaf in jtu.tree_leaves(y):
+        dtype = jnp.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(
+                f"`{name}` must be real, got dtype {dtype}. Split complex values into "
+                "their real and imaginary parts."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`{name}` must be floating point, got dtype {dtype}. Convert it with "
+                "`.astype(float)`."
+            )
