@@ -152,10 +152,15 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
         delta = new_ys - ys
         scale = jnp.maximum(jnp.abs(ys), jnp.abs(new_ys))
         change = norm(delta / (atol + rtol * scale))
+        # The change may be small only because the linearisation is not that of the
+        # wrapped solver: say, of an explicit solver that is not stable at this step
+        # size. So it must also be seen to contract.
+        contracts = change <= 0.5 * state.change
         # Over many substeps, rounding errors may add up to more than the tolerance.
         # Then we are done once another iteration does not help.
         rounding_error = _ROUNDING * step.eps * jnp.max(scale, axis=-1, keepdims=True)
-        stagnates = jnp.all(jnp.abs(r) <= rounding_error) & (change > state.change / 2)
+        only_rounding = jnp.all(jnp.abs(r) <= rounding_error)
+        stagnates = only_rounding & (change > 0.5 * state.change)
         num_iterations = state.num_iterations + 1
         finite = jnp.all(okay)
         complete = num_iterations == substeps
@@ -165,15 +170,16 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
             num_iterations=num_iterations,
             change=change,
             finite=finite,
-            converged=finite & ((change < 1) | stagnates | complete),
+            converged=finite & (((change < 1) & contracts) | stagnates | complete),
             stuck=jnp.invert(finite) & jnp.all(delta == 0),
         )
 
     state = _State(
         ys=guess,
         A=jnp.zeros((substeps, size, size), guess.dtype),
-        num_iterations=jnp.array(0),
-        change=jnp.array(jnp.inf, guess.dtype),
+        num_iterations=jnp.array(0, jnp.int32),
+        # Nothing contracts in the first iteration, lest a guess is accepted unseen.
+        change=jnp.array(0, guess.dtype),
         finite=jnp.array(True),
         # The trivial state has nothing to iterate on.
         converged=jnp.array(size == 0),

@@ -182,7 +182,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         del terms, t1, args
         # Equal to the times of no window.
         never = jnp.full_like(t0, jnp.nan)
-        return DeerState(never, never, self._zero_trajectory(y0), jnp.array(0))
+        return DeerState(
+            never, never, self._zero_trajectory(y0), jnp.array(0, jnp.int32)
+        )
 
     def step(
         self,

@@ -1,0 +1,95 @@
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optimistix as optx
+from diffrax import diffeqsolve, ODETerm, SaveAt, StepTo
+from jaxtyping import Array
+
+
+# Newton's method converges to machine precision once it converges at all, as is needed
+# here. (Diffrax's default would take its tolerances from an adaptive controller.)
+root_finder = optx.Newton(rtol=1e-8, atol=1e-8)
+
+
+explicit_solvers = (
+    diffrax.Bosh3(),
+    diffrax.Dopri5(),
+    diffrax.Dopri8(),
+    diffrax.Euler(),
+    diffrax.Heun(),
+    diffrax.Midpoint(),
+    diffrax.Ralston(),
+    diffrax.Tsit5(),
+)
+implicit_solvers = (
+    diffrax.ImplicitEuler(root_finder=root_finder),
+    diffrax.Kvaerno3(root_finder=root_finder),
+    diffrax.Kvaerno5(root_finder=root_finder),
+)
+
+
+def solver_id(solver):
+    return type(solver).__name__
+
+
+class VectorField(eqx.Module):
+    """A vector field that is nonlinear, depends on time, on `args`, and on parameters
+    of its own."""
+
+    weight: Array
+
+    def __call__(self, t, y, args):
+        return jnp.tanh(self.weight @ y) * args - 0.3 * y * jnp.cos(t)
+
+
+def problem(dtype=jnp.float64):
+    """A differential equation for whatever does not need a particular one."""
+    weight = np.array([[-0.6, 1.1, 0.2], [-1.3, 0.1, 0.4], [0.3, -0.2, -0.8]])
+    term = ODETerm(VectorField(jnp.asarray(weight, dtype)))
+    y0 = jnp.array([1.0, -0.5, 0.3], dtype)
+    args = jnp.array(0.9, dtype)
+    return term, y0, args
+
+
+def split_problem():
+    """The same for the solvers that need a pair of terms."""
+    terms = (
+        ODETerm(lambda t, v, args: args * v),
+        ODETerm(lambda t, x, args: -jnp.sin(x) * jnp.cos(t)),
+    )
+    y0 = (jnp.array([0.4, 1.2]), jnp.array([0.3, -0.1]))
+    return terms, y0, jnp.array(0.9)
+
+
+def sequential(terms, solver, ts, y0, args=None, *, saveat=SaveAt(t1=True), **kwargs):
+    """The reference: `solver`, stepped over the grid `ts` as Diffrax does it."""
+    return diffeqsolve(
+        terms,
+        solver,
+        ts[0],
+        ts[-1],
+        None,
+        y0,
+        args,
+        saveat=saveat,
+        stepsize_controller=StepTo(ts=ts),
+        max_steps=len(ts) - 1,
+        **kwargs,
+    )
+
+
+def max_error(x, y):
+    """The largest difference relative to the magnitude of the leaf that it is in."""
+
+    def leaf_error(x, y):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape
+        if x.size == 0:
+            return 0.0
+        return float(np.max(np.abs(x - y)) / max(np.max(np.abs(y)), 1e-300))
+
+    errors = jtu.tree_leaves(jtu.tree_map(leaf_error, x, y))
+    assert not np.isnan(errors).any()
+    return max(errors, default=0.0)

@@ -1,0 +1,352 @@
+"""Derivatives, against `DirectAdjoint` or finite differences."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from diffrax import diffeqsolve, ODETerm, SaveAt
+from diffrax_deer import AssociativeScan, DEER, DeerSolver
+
+from .helpers import max_error, problem, root_finder, sequential, split_problem
+
+
+t0, t1 = 0.1, 2.1
+# Not at the ends of windows, see the comment in `test_step_aligned_saves`.
+save_ts = np.linspace(t0, t1, 6) - np.array([-0.1, 0.13, 0.13, 0.13, 0.13, 0.13])
+adaptive = diffrax.PIDController(rtol=1e-3, atol=1e-5)
+constant = diffrax.ConstantStepSize()
+
+
+def _inputs():
+    term, y0, args = problem()
+    return dict(y0=y0, args=args, term=term, t0=jnp.array(t0), t1=jnp.array(t1))
+
+
+def _loss(inputs, solver, controller, adjoint, saveat=SaveAt(ts=save_ts), windows=4):
+    # A single window has to be longer than the interval: of `min(t0 + dt0, t1)`, which
+    # is what Diffrax computes, the derivative at equality is one half.
+    dt0 = (t1 - t0) / windows if windows > 1 else 2 * (t1 - t0)
+    sol = diffeqsolve(
+        inputs["term"],
+        solver,
+        inputs["t0"],
+        inputs["t1"],
+        dt0,
+        inputs["y0"],
+        inputs["args"],
+        saveat=saveat,
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        max_steps=16,
+    )
+    weights = jnp.arange(1.0, sol.ys.size + 1).reshape(sol.ys.shape)
+    return jnp.sum(jnp.sin(weights * sol.ys))
+
+
+def _sequential_loss(inputs, solver, substeps, saveat=SaveAt(ts=save_ts), windows=4):
+    # The windows as Diffrax makes them: the first is of length `dt0`, the others divide
+    # the interval equally.
+    edges = inputs["t0"] + (inputs["t1"] - inputs["t0"]) * np.linspace(
+        0, 1, windows + 1
+    )
+    if windows > 1:
+        edges = edges.at[1].set(inputs["t0"] + (t1 - t0) / windows)
+    fractions = np.arange(substeps) / substeps
+    ts = edges[:-1, None] + jnp.diff(edges)[:, None] * fractions
+    ts = jnp.append(ts.reshape(-1), inputs["t1"])
+    sol = sequential(
+        inputs["term"],
+        solver,
+        ts,
+        inputs["y0"],
+        inputs["args"],
+        saveat=saveat,
+        adjoint=diffrax.DirectAdjoint(),
+    )
+    weights = jnp.arange(1.0, sol.ys.size + 1).reshape(sol.ys.shape)
+    return jnp.sum(jnp.sin(weights * sol.ys))
+
+
+_grad = eqx.filter_jit(eqx.filter_grad(_loss))
+
+
+@eqx.filter_jit
+def _jvp(inputs, direction, *args):
+    return eqx.filter_jvp(lambda x: _loss(x, *args), (inputs,), (direction,))[1]
+
+
+def _dot(a, b):
+    return sum(jnp.vdot(x, y) for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b)))
+
+
+def _direction(inputs):
+    inputs = eqx.filter(inputs, eqx.is_array)
+    leaves, treedef = jtu.tree_flatten(inputs)
+    rng = np.random.default_rng(0)
+    leaves = [jnp.asarray(rng.normal(size=x.shape)) for x in leaves]
+    return jtu.tree_unflatten(treedef, leaves)
+
+
+def _finite_difference(inputs, direction, *args, eps=1e-5):
+    loss = eqx.filter_jit(_loss)
+
+    def along(eps):
+        shifted = eqx.apply_updates(inputs, jtu.tree_map(lambda x: eps * x, direction))
+        return loss(shifted, *args)
+
+    return (along(eps) - along(-eps)) / (2 * eps)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The gradient of sequential steps, with all adjoints of Diffrax out of the way."""
+    return eqx.filter_jit(eqx.filter_grad(_sequential_loss))(
+        _inputs(), diffrax.Tsit5(), 8
+    )
+
+
+tsit5 = DeerSolver(diffrax.Tsit5(), substeps=8)
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    (
+        diffrax.RecursiveCheckpointAdjoint(),
+        diffrax.DirectAdjoint(),
+    ),
+    ids=lambda x: type(x).__name__,
+)
+def test_reverse_mode(adjoint, reference):
+    grad = _grad(_inputs(), tsit5, constant, adjoint)
+    assert max_error(grad["y0"], reference["y0"]) < 1e-9
+    assert max_error(grad, reference) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "solver",
+    (
+        DeerSolver(diffrax.Tsit5(), 8, method=DEER("exact"), scan=AssociativeScan()),
+        DeerSolver(diffrax.Kvaerno3(root_finder=root_finder), 8),
+        DeerSolver(diffrax.Euler(), 8),
+    ),
+    ids=("Tsit5", "Kvaerno3", "Euler"),
+)
+def test_reverse_mode_of_solvers(solver):
+    reference = eqx.filter_grad(_sequential_loss)(_inputs(), solver.solver, 8)
+    grad = _grad(_inputs(), solver, constant, diffrax.RecursiveCheckpointAdjoint())
+    assert max_error(grad, reference) < 1e-8
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    (diffrax.ForwardMode(), diffrax.DirectAdjoint()),
+    ids=lambda x: type(x).__name__,
+)
+def test_forward_mode(adjoint, reference):
+    inputs = _inputs()
+    direction = _direction(inputs)
+    tangent = _jvp(inputs, direction, tsit5, constant, adjoint)
+    assert abs(tangent - _dot(direction, reference)) < 1e-9 * abs(tangent)
+
+
+@pytest.mark.parametrize(
+    "adjoint",
+    (
+        diffrax.RecursiveCheckpointAdjoint(),
+        diffrax.DirectAdjoint(),
+        diffrax.ForwardMode(),
+    ),
+    ids=lambda x: type(x).__name__,
+)
+def test_adaptive(adjoint):
+    # Windows depend on the inputs, but the derivative of Diffrax does not know that: so
+    # compare with finite differences of a solve that is accurate.
+    controller = diffrax.PIDController(rtol=1e-8, atol=1e-10)
+    inputs = _inputs()
+    direction = _direction(inputs)
+    args = (tsit5, controller, adjoint)
+    if isinstance(adjoint, diffrax.ForwardMode):
+        tangent = _jvp(inputs, direction, *args)
+    else:
+        tangent = _dot(direction, _grad(inputs, *args))
+    expected = _finite_difference(inputs, direction, *args)
+    assert abs(tangent - expected) < 1e-6 * abs(expected)
+
+
+def test_rejected_windows_do_not_leak():
+    # The first windows are far too large: their values overflow. This must leave no
+    # trace in the gradient, such as a zero times an infinity.
+    @jax.jit
+    def solve(a):
+        sol = diffeqsolve(
+            ODETerm(lambda t, y, a: -50 * (y**3 - a * jnp.cos(3 * t))),
+            DeerSolver(diffrax.Tsit5(), 16),
+            0,
+            5,
+            5,
+            jnp.array(2.0),
+            a,
+            stepsize_controller=diffrax.PIDController(rtol=1e-8, atol=1e-10),
+        )
+        return sol.ys[0], sol.stats["num_rejected_steps"]
+
+    grad, rejected = jax.grad(solve, has_aux=True)(1.5)
+    assert rejected > 0
+    eps = 1e-4
+    expected = (solve(1.5 + eps)[0] - solve(1.5 - eps)[0]) / (2 * eps)
+    assert abs(grad - expected) < 1e-5 * abs(expected)
+
+
+def test_backsolve():
+    # Approximate by design, so the tolerance is that of a continuous adjoint.
+    inputs = _inputs()
+    diff = {k: inputs[k] for k in ("y0", "args", "term")}
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def grad(diff, controller):
+        return _loss({**inputs, **diff}, tsit5, controller, diffrax.BacksolveAdjoint())
+
+    reference = eqx.filter_grad(_sequential_loss)(inputs, diffrax.Tsit5(), 80)
+    reference = {k: reference[k] for k in diff}
+    assert max_error(grad(diff, constant), reference) < 1e-4
+    tight = diffrax.PIDController(rtol=1e-7, atol=1e-9)
+    assert max_error(grad(diff, tight), reference) < 1e-5
+
+
+def test_implicit_adjoint():
+    # To a steady state of `y' = tanh(a y + b) - y`.
+    def solve(args, solver, adjoint):
+        term = ODETerm(lambda t, y, args: jnp.tanh(args[0] @ y + args[1]) - y)
+        event = diffrax.Event(diffrax.steady_state_event(1e-9, 1e-9))
+        return diffeqsolve(
+            term,
+            solver,
+            0,
+            jnp.inf,
+            1.0,
+            jnp.zeros(2),
+            args,
+            stepsize_controller=diffrax.PIDController(rtol=1e-7, atol=1e-9),
+            event=event,
+            adjoint=adjoint,
+            max_steps=200,
+        ).ys.sum()
+
+    args = (jnp.array([[0.3, -0.2], [0.4, 0.1]]), jnp.array([0.5, -0.3]))
+    grad = jax.jit(jax.grad(solve), static_argnums=(1, 2))
+    adjoint = diffrax.ImplicitAdjoint()
+    deer = grad(args, DeerSolver(diffrax.Tsit5(), 8), adjoint)
+    ref = grad(args, diffrax.Tsit5(), adjoint)
+    assert max_error(deer, ref) < 1e-6
+
+
+@pytest.mark.parametrize("scan", (None, AssociativeScan()), ids=("auto", "associative"))
+def test_hessian(scan):
+    kwargs = {} if scan is None else dict(scan=scan)
+    solver = DeerSolver(diffrax.Tsit5(), 8, **kwargs)
+    inputs = _inputs()
+
+    def flat_loss(x, loss, *args):
+        return loss({**inputs, "y0": x[:3], "args": x[3], "t1": x[4]}, *args)
+
+    x = jnp.concatenate([inputs["y0"], inputs["args"][None], inputs["t1"][None]])
+    saveat = SaveAt(t1=True)
+    hessian = eqx.filter_jit(jax.hessian(flat_loss))
+    deer = hessian(x, _loss, solver, constant, diffrax.DirectAdjoint(), saveat, 1)
+    ref = hessian(x, _sequential_loss, diffrax.Tsit5(), 8, saveat, 1)
+    assert max_error(deer, ref) < 1e-9
+    assert max_error(deer, deer.T) < 1e-12
+
+
+def test_step_aligned_saves():
+    # Diffrax's default adjoint may drop the gradient of saves at the ends of steps. Not
+    # of our making; but `DirectAdjoint` must get it right.
+    def loss(y0, adjoint):
+        sol = diffeqsolve(
+            ODETerm(lambda t, y, args: 0 * y),
+            DeerSolver(diffrax.Euler(), 2),
+            0,
+            10,
+            0.2,
+            y0,
+            saveat=SaveAt(ts=jnp.linspace(0, 10, 101)),
+            adjoint=adjoint,
+            max_steps=64,
+        )
+        return jnp.sum(sol.ys)
+
+    for adjoint in (
+        diffrax.DirectAdjoint(),
+        diffrax.RecursiveCheckpointAdjoint(checkpoints=64),
+    ):
+        assert jax.grad(loss)(1.0, adjoint) == 101
+
+
+def test_closed_over_parameters():
+    term, y0, args = problem()
+
+    def loss(weight, solver):
+        def vector_field(t, y, args):
+            return jnp.tanh(weight @ y)
+
+        sol = diffeqsolve(ODETerm(vector_field), solver, 0, 1, 0.5, y0)
+        return jnp.sum(sol.ys)
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    weight = term.vector_field.weight
+    deer = grad(weight, DeerSolver(diffrax.Heun(), 4))
+    ts = np.linspace(0, 1, 9)
+    ref = jax.grad(
+        lambda w: sequential(
+            ODETerm(lambda t, y, args: jnp.tanh(w @ y)),
+            diffrax.Heun(),
+            ts,
+            y0,
+            adjoint=diffrax.DirectAdjoint(),
+        ).ys.sum()
+    )(weight)
+    assert max_error(deer, ref) < 1e-10
+
+
+def test_pair_of_terms():
+    terms, y0, args = split_problem()
+
+    def loss(y0, args, solver, dt0):
+        sol = diffeqsolve(terms, solver, 0, 1, dt0, y0, args)
+        return sum(jnp.sum(jnp.sin(y)) for y in sol.ys)
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=(2, 3))
+    solver = diffrax.SemiImplicitEuler()
+    deer = grad(y0, args, DeerSolver(solver, 5), 0.5)
+    assert max_error(deer, grad(y0, args, solver, 0.1)) < 1e-10
+
+
+def test_no_derivative_of_the_guess():
+    term, y0, args = problem()
+    solver = DeerSolver(diffrax.Tsit5(), 8)
+
+    def solve(y0, state=None, saveat=SaveAt(t1=True)):
+        return diffeqsolve(
+            term, solver, 0, 1, 1, y0, args, saveat=saveat, solver_state=state
+        )
+
+    state = solve(y0, saveat=SaveAt(solver_state=True, t1=True)).solver_state
+
+    def loss(y0, ys):
+        return solve(y0, eqx.tree_at(lambda s: s.ys, state, ys)).ys.sum()
+
+    cold = jax.grad(lambda y0: solve(y0).ys.sum())(y0)
+    warm, guess = jax.grad(loss, argnums=(0, 1))(y0, state.ys)
+    assert max_error(warm, cold) < 1e-10
+    assert jnp.all(guess == 0)
+    # Nor has the state a derivative.
+    grad = jax.grad(
+        lambda y0: solve(
+            y0, saveat=SaveAt(solver_state=True, t1=True)
+        ).solver_state.ys.sum()
+    )(y0)
+    assert jnp.all(grad == 0)

@@ -1,0 +1,193 @@
+"""The answer belongs to the wrapped solver."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffrax import diffeqsolve, ODETerm, SaveAt
+from diffrax_deer import AssociativeScan, ConstantGuess, DEER, DeerSolver
+
+from .helpers import (
+    explicit_solvers,
+    implicit_solvers,
+    max_error,
+    problem,
+    root_finder,
+    sequential,
+    solver_id,
+    split_problem,
+)
+
+
+t0, t1 = 0.2, 3.2
+
+
+@eqx.filter_jit
+def _deer(terms, solver, y0, args, windows, saveat, t0=t0, t1=t1):
+    return diffeqsolve(
+        terms, solver, t0, t1, (t1 - t0) / windows, y0, args, saveat=saveat
+    )
+
+
+def _compare(terms, solver, y0, args, *, substeps, windows=1, tol=1e-10, **kwargs):
+    ts = np.linspace(t0, t1, windows * substeps + 1)
+    points = np.linspace(t0, t1, 37)
+    deer = _deer(
+        terms,
+        DeerSolver(solver, substeps, **kwargs),
+        y0,
+        args,
+        windows,
+        SaveAt(ts=points, t1=True, dense=True, solver_state=True),
+    )
+    ref = sequential(
+        terms, solver, ts, y0, args, saveat=SaveAt(ts=points, t1=True, dense=True)
+    )
+    assert max_error(deer.ys, ref.ys) < tol
+    assert deer.solver_state.num_iterations <= substeps
+    # Not at a grid point, where derivatives may jump.
+    t = t0 + 1.3571
+    assert max_error(deer.evaluate(t), ref.evaluate(t)) < tol
+    assert max_error(deer.derivative(t), ref.derivative(t)) < 1e3 * tol
+
+
+@pytest.mark.parametrize("solver", explicit_solvers, ids=solver_id)
+@pytest.mark.parametrize("substeps,windows", ((16, 1), (5, 3)))
+def test_explicit(solver, substeps, windows):
+    _compare(*_with(solver, *problem()), substeps=substeps, windows=windows)
+
+
+@pytest.mark.parametrize("solver", implicit_solvers, ids=solver_id)
+def test_implicit(solver):
+    _compare(*_with(solver, *problem()), substeps=12, windows=2)
+
+
+def test_semi_implicit_euler():
+    terms, y0, args = split_problem()
+    _compare(terms, diffrax.SemiImplicitEuler(), y0, args, substeps=20, windows=2)
+
+
+def test_imex():
+    term, y0, args = problem()
+    terms = diffrax.MultiTerm(term, ODETerm(lambda t, y, args: -2 * y))
+    solver = diffrax.KenCarp3(root_finder=root_finder)
+    _compare(terms, solver, y0, args, substeps=8)
+
+
+def test_half_solver():
+    _compare(*_with(diffrax.HalfSolver(diffrax.Heun()), *problem()), substeps=8)
+
+
+def _with(solver, term, y0, args):
+    return term, solver, y0, args
+
+
+@pytest.mark.parametrize("substeps", (1, 2, 3, 200))
+def test_substeps(substeps):
+    _compare(*_with(diffrax.Heun(), *problem()), substeps=substeps)
+
+
+def test_one_substep_takes_one_iteration():
+    term, y0, args = problem()
+    solver = DeerSolver(diffrax.Tsit5(), substeps=1)
+    sol = _deer(term, solver, y0, args, 5, SaveAt(t1=True, solver_state=True))
+    assert sol.solver_state.num_iterations == 1
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    (
+        dict(method=DEER("exact")),
+        dict(scan=AssociativeScan()),
+        dict(guess=ConstantGuess()),
+    ),
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_choices_do_not_change_the_answer(kwargs):
+    _compare(*_with(diffrax.Tsit5(), *problem()), substeps=30, **kwargs)
+
+
+@pytest.mark.parametrize("solver", (diffrax.Tsit5(), diffrax.Euler()), ids=solver_id)
+def test_float32(solver):
+    term, y0, args = problem(jnp.float32)
+    ts = np.linspace(t0, t1, 41, dtype=np.float32)
+    f32 = jnp.float32
+    saveat = SaveAt(ts=ts[::4], solver_state=True)
+    deer = _deer(
+        term, DeerSolver(solver, 40), y0, args, 1, saveat, t0=f32(t0), t1=f32(t1)
+    )
+    ref = sequential(term, solver, ts, y0, args, saveat=SaveAt(ts=ts[::4]))
+    assert deer.ys.dtype == jnp.float32
+    assert deer.solver_state.ys.dtype == jnp.float32
+    # In far fewer iterations than substeps: not stopped by rounding errors.
+    assert deer.solver_state.num_iterations < 10
+    assert max_error(deer.ys, ref.ys) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_many_substeps_beyond_the_tolerance(dtype):
+    # The rounding errors of 4096 substeps on an unstable problem add up to more than
+    # the tolerance. This must be noticed, rather than iterated on 4096 times.
+    def lorenz(t, y, args):
+        x, y, z = y
+        return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+
+    t1 = 4 if dtype == jnp.float32 else 15
+    y0 = jnp.array([-8.0, 7.0, 27.0], dtype)
+    guess_from = diffeqsolve(
+        ODETerm(lorenz),
+        diffrax.Tsit5(),
+        dtype(0),
+        dtype(t1),
+        dtype(t1 / 4096),
+        y0,
+        saveat=SaveAt(steps=True),
+        max_steps=4097,
+    ).ys[:4096]
+    solver = DeerSolver(diffrax.Tsit5(), 4096)
+    state = solver.init(ODETerm(lorenz), dtype(0), dtype(t1), y0, None)
+    state = eqx.tree_at(
+        lambda s: (s.t0, s.t1, s.ys), state, (dtype(0), dtype(t1), guess_from)
+    )
+    out = jax.jit(
+        lambda: solver.step(
+            ODETerm(lorenz), dtype(0), dtype(t1), y0, None, state, False
+        )
+    )()
+    state, result = out[3], out[4]
+    assert result == diffrax.RESULTS.successful
+    assert state.num_iterations < 20
+
+
+@pytest.mark.parametrize(
+    "solver,order",
+    (
+        (diffrax.Euler(), 1),
+        (diffrax.Heun(), 2),
+        (diffrax.Bosh3(), 3),
+        (diffrax.Tsit5(), 5),
+        (implicit_solvers[0], 1),
+        (implicit_solvers[1], 3),
+    ),
+    ids=lambda x: solver_id(x) if isinstance(x, diffrax.AbstractSolver) else str(x),
+)
+def test_order_of_convergence(solver, order):
+    # As Diffrax tests it: regress the logarithm of the error against that of the step.
+    A = jnp.array([[-0.4, 1.3], [-1.1, -0.2]])
+    y0 = jnp.array([0.7, -0.4])
+    term = ODETerm(lambda t, y, args: A @ y)
+    exact = jax.scipy.linalg.expm(A * (t1 - t0)) @ y0
+    substeps = 8
+    log_errors, log_steps = [], []
+    windows = (2, 4, 8, 16) if order < 5 else (6, 8, 12, 16)
+    for n in windows:
+        sol = _deer(
+            term, DeerSolver(solver, substeps), y0, None, float(n), SaveAt(t1=True)
+        )
+        log_errors.append(np.log(max_error(sol.ys[0], exact)))
+        log_steps.append(np.log((t1 - t0) / (n * substeps)))
+    slope, _ = np.polyfit(log_steps, log_errors, 1)
+    assert abs(slope - order) < 0.4
+    assert DeerSolver(solver).order(term) == solver.order(term)
