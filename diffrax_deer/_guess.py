@@ -122,13 +122,14 @@ class CoarseGuess(AbstractGuess):
         def defect(ys):
             ys = jtu.tree_map(lambda y, ys: jnp.concatenate([y[None], ys]), y0, ys)
             fs = jax.vmap(coarse_step.vector_field)(ts, ys)
-            ys, fs = jax.vmap(coarse_step.ravel)(ys), jax.vmap(coarse_step.ravel)(fs)
+            ravel = jax.vmap(coarse_step.ravel, axis_size=substeps + 1)
+            ys, fs = ravel(ys), ravel(fs)
             trapezoid = 0.5 * jnp.diff(ts)[:, None] * (fs[1:] + fs[:-1])
             size = jnp.max(jnp.abs(jnp.diff(ys, axis=0) - trapezoid), initial=0)
             return jnp.where(jnp.isfinite(size), size, jnp.inf)
 
         guesses = jtu.tree_map(lambda *ys: jnp.stack(ys), coarse, constant)
-        best = jnp.argmin(jax.vmap(defect)(guesses))
+        best = jnp.argmin(jax.vmap(defect, axis_size=2)(guesses))
         return jtu.tree_map(lambda ys: ys[best], guesses)
 
 

@@ -16,6 +16,8 @@ from ._step import OneStepMap
 # What the rounding errors made in one substep amount to, in units of its values'
 # precision. A residual below this cannot be told from zero.
 _ROUNDING = 16
+# The fraction of the tolerance that the estimated distance to the solution must reach.
+_SAFETY = 0.1
 
 
 class JointSolution(eqx.Module):
@@ -152,15 +154,19 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
         delta = new_ys - ys
         scale = jnp.maximum(jnp.abs(ys), jnp.abs(new_ys))
         change = norm(delta / (atol + rtol * scale))
-        # The change may be small only because the linearisation is not that of the
-        # wrapped solver: say, of an explicit solver that is not stable at this step
-        # size. So it must also be seen to contract.
-        contracts = change <= 0.5 * state.change
+        # The distance to the solution that is left, if the changes go on shrinking at
+        # this rate. It takes two iterations to know the rate. That is well spent: the
+        # linearisation may be far from that of the wrapped solver, for example if the
+        # latter is unstable, and then a small change does not mean that we are close.
+        rate = change / state.change
+        left = jnp.where(rate < 0.5, change * rate / (1 - rate), jnp.inf)
+        converged = (left < _SAFETY) | (change == 0)
         # Over many substeps, rounding errors may add up to more than the tolerance.
         # Then we are done once another iteration does not help.
-        rounding_error = _ROUNDING * step.eps * jnp.max(scale, axis=-1, keepdims=True)
-        only_rounding = jnp.all(jnp.abs(r) <= rounding_error)
-        stagnates = only_rounding & (change > 0.5 * state.change)
+        rounding_error = (
+            _ROUNDING * step.eps * jnp.max(scale, axis=-1, keepdims=True, initial=0)
+        )
+        stagnates = jnp.all(jnp.abs(r) <= rounding_error) & (rate >= 0.5)
         num_iterations = state.num_iterations + 1
         finite = jnp.all(okay)
         complete = num_iterations == substeps
@@ -170,7 +176,7 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
             num_iterations=num_iterations,
             change=change,
             finite=finite,
-            converged=finite & (((change < 1) & contracts) | stagnates | complete),
+            converged=finite & (converged | stagnates | complete),
             stuck=jnp.invert(finite) & jnp.all(delta == 0),
         )
 
@@ -178,7 +184,7 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
         ys=guess,
         A=jnp.zeros((substeps, size, size), guess.dtype),
         num_iterations=jnp.array(0, jnp.int32),
-        # Nothing contracts in the first iteration, lest a guess is accepted unseen.
+        # No rate is known yet.
         change=jnp.array(0, guess.dtype),
         finite=jnp.array(True),
         # The trivial state has nothing to iterate on.

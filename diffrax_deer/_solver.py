@@ -210,7 +210,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
                 lambda: solver_state.ys,
                 lambda: self.guess(self.solver, terms, ts, y0, args),
             )
-            ys = jax.vmap(step.ravel)(ys)
+            ys = step.ravel_all(ys)
             finite = jnp.isfinite(ys).all(axis=-1, keepdims=True)
             return jnp.where(finite, ys, flat_y0)
 
@@ -227,7 +227,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             max_iters=self.substeps if self.max_iters is None else self.max_iters,
         )
         ys = solution.ys
-        substeps = step.substeps(jnp.concatenate([flat_y0[None], ys[:-1]]))
+        ys_from_start = jnp.concatenate([flat_y0[None], ys])
+        substeps = step.substeps(ys_from_start[:-1])
 
         # An implicit solver may also have failed on one of the substeps.
         failed = substeps.result != RESULTS.successful
@@ -242,18 +243,31 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         if substeps.y_error is None:
             y_error = None
         else:
-            # The error made on each substep, carried to the end of the window.
-            errors = lax.stop_gradient(jax.vmap(step.ravel)(substeps.y_error))
-            errors = self.scan(solution.A, errors)
-            y_error = step.unravel(jnp.where(okay, errors[-1], jnp.inf))
+            errors = lax.stop_gradient(step.ravel_all(substeps.y_error))
+            y_error = self._window_error(errors, ys_from_start, solution.A)
+            y_error = step.unravel(jnp.where(okay, y_error, jnp.inf))
         dense_info = dict(dense_infos=substeps.dense_info)
         new_solver_state = DeerState(
             t0=t0,
             t1=t1,
-            ys=lax.stop_gradient(jax.vmap(step.unravel)(ys)),
+            ys=lax.stop_gradient(step.unravel_all(ys)),
             num_iterations=solution.num_iterations,
         )
         return y1, y_error, dense_info, new_solver_state, result
+
+    def _window_error(self, errors, ys, A):
+        # What the errors made on each substep have become at the end of the window.
+        at_end = jnp.abs(self.scan(A, errors)[-1])
+        # That alone would miss it if an explicit solver is unstable on one part of the
+        # window, and the difference to the true solution is then damped on another. So
+        # also ask of each substep what the controller would ask of a single step. It
+        # compares with the values at the ends of the window, hence the rescaling where
+        # the solution is larger in between.
+        size = jnp.abs(ys)
+        size_at_ends = jnp.maximum(size[0], size[-1])
+        size = jnp.maximum(size[:-1], size[1:])
+        rescale = jnp.where(size > size_at_ends, size_at_ends / size, 1)
+        return jnp.maximum(at_end, jnp.max(jnp.abs(errors) * rescale, axis=0))
 
     def _zero_trajectory(self, y0):
         return jtu.tree_map(
@@ -268,10 +282,10 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
                 return
         raise ValueError(
             "`diffeqsolve(..., solver_state=...)` does not belong to this solve. "
-            "`DeerSolver` needs a state saved with `SaveAt(solver_state=True)` by "
-            "another `DeerSolver` with the same number of `substeps`, for a `y0` of the "
-            f"same shape and dtype. Expected a trajectory of the form\n{expected}\nbut "
-            f"got the state\n{solver_state}"
+            "`DeerSolver` needs a state saved with `SaveAt(solver_state=True)` by a "
+            "`DeerSolver` with the same number of `substeps`, for a `y0` of the same "
+            f"shape and dtype. Expected a trajectory of the form\n{expected}\n"
+            f"but got the state\n{solver_state}"
         )
 
     def _tolerances(self, eps):

@@ -42,8 +42,7 @@ class OneStepMap(eqx.Module):
     substep: Callable[..., Substep]
     # `(t, y) -> dy/dt`, if this is an ordinary differential equation
     vector_field: Callable | None
-    ravel: Callable[[PyTree], Array]
-    unravel: Callable[[Array], PyTree]
+    unravel: Callable[[Float[Array, " size"]], PyTree]
     # The precision of the least precise leaf of the state.
     eps: float
 
@@ -67,9 +66,19 @@ class OneStepMap(eqx.Module):
             jax.jit(_vector_field(terms, args)) if is_ode(terms) else None
         )
         _, self.unravel = ravel_pytree(y0)
-        self.ravel = lambda y: ravel_pytree(y)[0]
         leaves = jtu.tree_leaves(y0)
         self.eps = max((float(jnp.finfo(y.dtype).eps) for y in leaves), default=0.0)
+
+    def ravel(self, y: PyTree[Array]) -> Float[Array, " size"]:
+        return ravel_pytree(y)[0]
+
+    # The size of the axis has to be given for the sake of states without any leaf.
+
+    def ravel_all(self, ys: PyTree[Array]) -> Float[Array, "substeps size"]:
+        return jax.vmap(self.ravel, axis_size=self.ts.size - 1)(ys)
+
+    def unravel_all(self, ys: Float[Array, "substeps size"]) -> PyTree[Array]:
+        return jax.vmap(self.unravel)(ys)
 
     def substeps(self, ys: Float[Array, "substeps size"]) -> Substep:
         """The full output of each substep, with a leading axis `substeps`."""
@@ -82,7 +91,7 @@ class OneStepMap(eqx.Module):
     def __call__(
         self, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size"]:
-        return jax.vmap(self.ravel)(self.substeps(ys).y1)
+        return self.ravel_all(self.substeps(ys).y1)
 
     def jacobian(
         self, ys: Float[Array, "substeps size"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from diffrax import diffeqsolve, ODETerm, SaveAt
 from diffrax_deer import AssociativeScan, DEER, DeerSolver
+from jax.flatten_util import ravel_pytree
 
 from .helpers import max_error, problem, root_finder, sequential, split_problem
 
@@ -82,6 +83,11 @@ def _dot(a, b):
     return sum(jnp.vdot(x, y) for x, y in zip(jtu.tree_leaves(a), jtu.tree_leaves(b)))
 
 
+def _gradient_error(x, y):
+    # Relative to the largest entry, as that for `t1` is very nearly zero.
+    return max_error(ravel_pytree(x)[0], ravel_pytree(y)[0])
+
+
 def _direction(inputs):
     inputs = eqx.filter(inputs, eqx.is_array)
     leaves, treedef = jtu.tree_flatten(inputs)
@@ -121,8 +127,7 @@ tsit5 = DeerSolver(diffrax.Tsit5(), substeps=8)
 )
 def test_reverse_mode(adjoint, reference):
     grad = _grad(_inputs(), tsit5, constant, adjoint)
-    assert max_error(grad["y0"], reference["y0"]) < 1e-9
-    assert max_error(grad, reference) < 1e-9
+    assert _gradient_error(grad, reference) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_reverse_mode(adjoint, reference):
 def test_reverse_mode_of_solvers(solver):
     reference = eqx.filter_grad(_sequential_loss)(_inputs(), solver.solver, 8)
     grad = _grad(_inputs(), solver, constant, diffrax.RecursiveCheckpointAdjoint())
-    assert max_error(grad, reference) < 1e-8
+    assert _gradient_error(grad, reference) < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def matrix_exponential(X: Float[Array, "n size size"]) -> Float[Array, "n size s
     # approximations, of which it picks one). Here a few digits suffice, as a matrix
     # exponential is an approximation to a Jacobian in the first place.
     size = X.shape[-1]
-    norm = jnp.max(jnp.sum(jnp.abs(X), axis=-1))
+    norm = jnp.max(jnp.sum(jnp.abs(X), axis=-1), initial=0)
     squarings = jnp.ceil(jnp.log2(norm / _TAYLOR_RADIUS))
     squarings = jnp.where(jnp.isfinite(norm), squarings, 0)
     squarings = jnp.clip(squarings, 0, _MAX_SQUARINGS)
@@ -37,6 +37,26 @@ def matrix_exponential(X: Float[Array, "n size size"]) -> Float[Array, "n size s
     return lax.fori_loop(
         0, squarings.astype(jnp.int32), lambda _, A: _matmul(A, A), exp_X
     )
+
+
+def _magnus(
+    J: Float[Array, "n size size"], dt: Float[Array, "n 1 1"]
+) -> Float[Array, "n size size"]:
+    # The logarithm of the solution of `dx/dt = J(t) x` over each substep, from `J` at
+    # the ends of the substeps. To fourth order, for no more Jacobians than the lowest
+    # order would take, as the neighbouring substeps are at hand. That of the first
+    # substep is not used, so that no `J` is needed at the start of the window.
+    before = 2 * J[:1] - J[1:2]
+    after = 2 * J[-1:] - J[-2:-1]
+    J0 = J[:-1]
+    J1 = J[1:]
+    J_before = jnp.concatenate([before, J[:-2]])
+    J_after = jnp.concatenate([J[2:], after])
+    integral = (13 * (J0 + J1) - (J_before + J_after)) / 24
+    commutator = (_matmul(J1, J0) - _matmul(J0, J1)) / 12
+    dt = dt[1:]
+    log = dt * (integral + dt * commutator)
+    return jnp.concatenate([jnp.zeros_like(J[:1]), log])
 
 
 class DEER(AbstractMethod):
@@ -74,12 +94,9 @@ class DEER(AbstractMethod):
         ys: Float[Array, "substeps size"],
     ) -> Float[Array, "substeps size size"]:
         if self.jacobian == "linear_ode" and step.vector_field is not None:
-            # The Jacobian at the middle of each substep, up to second order. As that of
-            # the first substep is not used, we need none at `y0`.
-            J_end = step.vector_field_jacobian(ys)
-            J_start = jnp.concatenate([J_end[:1], J_end[:-1]])
-            dt = jnp.diff(step.ts).astype(J_end.dtype)
-            return matrix_exponential(0.5 * dt[:, None, None] * (J_start + J_end))
+            J = step.vector_field_jacobian(ys)
+            dt = jnp.diff(step.ts).astype(J.dtype)
+            return matrix_exponential(_magnus(J, dt[:, None, None]))
         else:
             return step.jacobian(jnp.concatenate([y0[None], ys[:-1]]))
 

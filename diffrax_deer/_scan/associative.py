@@ -14,7 +14,7 @@ def _clip(A):
     # trajectory is, up to the front of substeps already exact), a product of matrices
     # that overflowed would turn these zeros into `0 * inf = nan`. With entries below
     # this bound no further product can overflow.
-    bound = math.sqrt(float(jnp.finfo(A.dtype).max) / A.shape[-1])
+    bound = math.sqrt(float(jnp.finfo(A.dtype).max) / max(A.shape[-1], 1))
     return jnp.clip(A, -bound, bound)
 
 
@@ -27,7 +27,7 @@ def _compose(first, second):
     return _clip(A), b
 
 
-# As its length is not known to JAX, tracing this takes a while. `jit` to do so only once.
+# This unrolls into many operations, so `jit` to trace them only once.
 @ft.partial(jax.jit, static_argnames="reverse")
 def _associative_scan(A, b, reverse):
     _, xs = lax.associative_scan(_compose, (A, b), reverse=reverse)

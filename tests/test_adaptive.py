@@ -1,0 +1,132 @@
+"""Windows chosen by a step size controller, on problems that one window cannot take."""
+
+import diffrax
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffrax import diffeqsolve, ODETerm, SaveAt
+from diffrax_deer import ConstantGuess, DeerSolver
+
+from .helpers import max_error, problem, sequential
+
+
+def _van_der_pol(t, y, mu):
+    return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def _lorenz(t, y, args):
+    x, y, z = y
+    return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+
+
+@eqx.filter_jit
+def _solve(vector_field, solver, t1, y0, args, controller, saveat=SaveAt(t1=True)):
+    return diffeqsolve(
+        ODETerm(vector_field),
+        solver,
+        0,
+        t1,
+        None,
+        y0,
+        args,
+        saveat=saveat,
+        stepsize_controller=controller,
+        max_steps=20_000,
+    )
+
+
+tight = diffrax.PIDController(rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def van_der_pol():
+    y0 = jnp.array([2.0, 0.0])
+    return _solve(_van_der_pol, diffrax.Dopri8(), 100.0, y0, 50.0, tight).ys
+
+
+@pytest.fixture(scope="module")
+def lorenz():
+    return _solve(_lorenz, diffrax.Dopri8(), 10.0, jnp.ones(3), None, tight).ys
+
+
+@pytest.mark.parametrize("substeps", (8, 16, 32, 64, 128))
+def test_stiff(substeps, van_der_pol):
+    controller = diffrax.PIDController(rtol=1e-6, atol=1e-8)
+    solver = DeerSolver(diffrax.Tsit5(), substeps)
+    y0 = jnp.array([2.0, 0.0])
+    sol = _solve(_van_der_pol, solver, 100.0, y0, 50.0, controller)
+    assert max_error(sol.ys, van_der_pol) < 1e-4
+    # Tsit5 itself needs 3667 steps, so this many windows would do.
+    assert sol.stats["num_accepted_steps"] < 4 * (3667 / substeps)
+
+
+@pytest.mark.parametrize("substeps", (8, 16, 32, 64, 128))
+def test_chaotic(substeps, lorenz):
+    # Errors grow by four orders of magnitude.
+    controller = diffrax.PIDController(rtol=1e-8, atol=1e-10)
+    solver = DeerSolver(diffrax.Tsit5(), substeps)
+    sol = _solve(_lorenz, solver, 10.0, jnp.ones(3), None, controller)
+    assert max_error(sol.ys, lorenz) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_chaotic_in_one_window(dtype):
+    # From a constant guess there is nothing to go by, and yet it must end.
+    solver = DeerSolver(diffrax.Tsit5(), 256, guess=ConstantGuess())
+    ts = np.linspace(0, 2, 257, dtype=dtype)
+    y0 = jnp.ones(3, dtype)
+    deer = diffeqsolve(
+        ODETerm(_lorenz),
+        solver,
+        ts[0],
+        ts[-1],
+        ts[-1],
+        y0,
+        saveat=SaveAt(t1=True, solver_state=True),
+    )
+    ref = sequential(ODETerm(_lorenz), diffrax.Tsit5(), ts, y0)
+    # In single precision, a rounding error grows by a factor of about 10.
+    tol = 1e-10 if dtype == jnp.float64 else 1e-4
+    assert max_error(deer.ys, ref.ys) < tol
+    assert deer.solver_state.num_iterations <= 256
+
+
+def test_error_estimate():
+    # Bosh3 estimates its error by the difference to an embedded method of order 2. Over
+    # a window, that should become the difference between both of their solutions.
+    class Embedded(diffrax.Bosh3):
+        def step(self, *args, **kwargs):
+            y1, y_error, *rest = diffrax.Bosh3().step(*args, **kwargs)
+            return (y1 - y_error, y_error, *rest)
+
+    term, y0, args = problem()
+    solver = DeerSolver(diffrax.Bosh3(), 64)
+    t0, t1 = jnp.array(0.0), jnp.array(8.0)
+    state = solver.init(term, t0, t1, y0, args)
+    y1, y_error, *_ = eqx.filter_jit(solver.step)(term, t0, t1, y0, args, state, False)
+    ts = np.linspace(t0, t1, 65)
+    second_order = sequential(term, Embedded(), ts, y0, args).ys[0]
+    assert max_error(y_error, jnp.abs(y1 - second_order)) < 0.05
+
+
+def test_symplectic():
+    # DEER changes how the numbers are found, never which: so energy does not drift.
+    terms = (
+        ODETerm(lambda t, v, args: v),
+        ODETerm(lambda t, x, args: -jnp.sin(x)),
+    )
+    energy = lambda y: y[1] ** 2 / 2 - jnp.cos(y[0])
+    y0 = (jnp.array(1.0), jnp.array(0.0))
+    sol = diffeqsolve(
+        terms,
+        DeerSolver(diffrax.SemiImplicitEuler(), 100),
+        0,
+        200,
+        10,
+        y0,
+        saveat=SaveAt(ts=jnp.linspace(0, 200, 201)),
+    )
+    drift = energy(sol.ys) - energy(y0)
+    assert jnp.max(jnp.abs(drift)) < 0.05
+    assert jnp.abs(jnp.mean(drift[-50:]) - jnp.mean(drift[:50])) < 2e-3

@@ -1,0 +1,129 @@
+"""The parts of the joint solve by themselves."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffrax import ODETerm
+from diffrax_deer import (
+    AssociativeScan,
+    AutoScan,
+    CoarseGuess,
+    ConstantGuess,
+    SequentialScan,
+)
+from diffrax_deer._interpolation import uniform_grid
+from diffrax_deer._method.deer import matrix_exponential
+from diffrax_deer._step import is_ode, OneStepMap
+
+from .helpers import explicit_solvers, max_error, problem, solver_id
+
+
+@pytest.mark.parametrize("scan", (AssociativeScan(), AutoScan(), SequentialScan()))
+@pytest.mark.parametrize("length", (1, 2, 7))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_scan(scan, length, reverse):
+    rng = np.random.default_rng(0)
+    A = rng.normal(size=(length, 3, 3))
+    b = rng.normal(size=(length, 3))
+    x = np.zeros(3)
+    expected = np.zeros((length, 3))
+    for n in reversed(range(length)) if reverse else range(length):
+        x = A[n] @ x + b[n]
+        expected[n] = x
+    assert (
+        max_error(scan(jnp.array(A), jnp.array(b), reverse=reverse), expected) < 1e-13
+    )
+
+
+@pytest.mark.parametrize("scan", (AssociativeScan(), SequentialScan()))
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_scan_keeps_zeros_despite_overflow(scan, dtype):
+    # The products of these matrices overflow. Up to the front there is nothing they
+    # could be multiplied with.
+    A = jnp.full((100, 2, 2), 1e20, dtype)
+    b = jnp.zeros((100, 2), dtype).at[60:].set(1)
+    x = scan(A, b)
+    assert jnp.all(x[:60] == 0)
+    assert jnp.all(x[60] == 1)
+
+
+def test_scan_by_platform():
+    A, b = jnp.zeros((16, 2, 2)), jnp.zeros((16, 2))
+
+    def hlo(platform):
+        traced = jax.jit(lambda A, b: AutoScan()(A, b)).trace(A, b)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "while" in hlo("cpu")
+    assert "while" not in hlo("cuda")
+    assert "while" not in hlo("tpu")
+
+
+@pytest.mark.parametrize("scale", (0.0, 1e-3, 1.0, 30.0))
+def test_matrix_exponential(scale):
+    rng = np.random.default_rng(0)
+    X = jnp.array(scale * rng.normal(size=(5, 4, 4)))
+    exact = jax.vmap(jax.scipy.linalg.expm)(X)
+    assert max_error(matrix_exponential(X), exact) < 2e-2
+
+
+def test_matrix_exponential_of_stiff_matrices():
+    out = matrix_exponential(jnp.array([[[-1e6]], [[0.0]]]))
+    assert abs(out[0, 0, 0]) < 1e-6
+    assert abs(out[1, 0, 0] - 1) < 1e-6
+    assert jnp.isnan(matrix_exponential(jnp.array([[[jnp.nan]]]))).all()
+
+
+@pytest.mark.parametrize("solver", explicit_solvers, ids=solver_id)
+def test_fast_path(solver):
+    # To the last bits of Diffrax's own step.
+    term, y0, args = problem()
+    step = OneStepMap(solver, term, jnp.array([0.3, 0.4]), y0, args)
+    ours = step.substep(jnp.array(0.3), jnp.array(0.4), y0)
+    state = solver.init(term, 0.3, 0.4, y0, args)
+    y1, y_error, dense_info, _, _ = solver.step(term, 0.3, 0.4, y0, args, state, False)
+    assert max_error(ours.y1, y1) < 1e-15
+    if y_error is None:
+        assert ours.y_error is None
+    else:
+        assert jnp.max(jnp.abs(ours.y_error - y_error)) < 1e-16
+    assert max_error(ours.dense_info, dense_info) < 1e-15
+
+
+def test_is_ode():
+    term = ODETerm(lambda t, y, args: y)
+    control = diffrax.ControlTerm(lambda t, y, args: y, lambda t0, t1: t1 - t0)
+    assert is_ode(term)
+    assert is_ode(diffrax.MultiTerm(term, term))
+    assert not is_ode(control)
+    assert not is_ode(diffrax.MultiTerm(term, control))
+    assert not is_ode((term, term))
+
+
+def test_grid():
+    ts = uniform_grid(jnp.float32(0.1), jnp.float32(0.7), 49)
+    assert ts.dtype == jnp.float32
+    assert ts[0] == jnp.float32(0.1)
+    assert ts[-1] == jnp.float32(0.7)
+    assert jnp.all(jnp.diff(ts) > 0)
+
+
+def test_coarse_guess():
+    term = ODETerm(lambda t, y, args: jnp.stack([y[1], -y[0]]))
+    y0 = jnp.array([1.0, 0.0])
+    ts = jnp.linspace(0, 6, 65)
+    guess = CoarseGuess()(diffrax.Tsit5(), term, ts, y0, None)
+    assert guess.shape == (64, 2)
+    exact = jnp.stack([jnp.cos(ts[1:]), -jnp.sin(ts[1:])], axis=-1)
+    assert max_error(guess, exact) < 1e-3
+
+
+def test_coarse_guess_of_a_stiff_problem():
+    # Not stable with steps this large.
+    term = ODETerm(lambda t, y, args: -1e3 * (y - jnp.cos(t)))
+    y0 = jnp.array([1.0])
+    ts = jnp.linspace(0, 1, 65)
+    guess = CoarseGuess()(diffrax.Tsit5(), term, ts, y0, None)
+    assert jnp.array_equal(guess, ConstantGuess()(diffrax.Tsit5(), term, ts, y0, None))
