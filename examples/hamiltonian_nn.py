@@ -40,7 +40,7 @@ from _common import (
     start_run,
     write_json,
 )
-from diffrax_deer import DEER, DeerSolver, DeerState
+from diffrax_deer import DeerSolver, DeerState
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
@@ -64,9 +64,6 @@ class Preset:
     # In double precision, rounding errors stay small enough throughout training that
     # the losses with both solvers agree. In single precision they grow apart.
     dtype: Literal["float32", "float64"]
-    # How DEER linearises a step. Over coarse steps, "exact" saves more iterations than
-    # it costs.
-    jacobian: Literal["linear_ode", "exact"]
 
     def horizon(self, step: int) -> float:
         stage = step * len(self.stages) // self.steps
@@ -88,7 +85,6 @@ PRESETS = {
         learning_rate=3e-2,
         checkpoint_every=50,
         dtype="float64",
-        jacobian="exact",
     ),
     "smoke": Preset(
         width=8,
@@ -104,7 +100,6 @@ PRESETS = {
         learning_rate=1e-2,
         checkpoint_every=3,
         dtype="float64",
-        jacobian="linear_ode",
     ),
     "paper": Preset(
         width=64,
@@ -120,7 +115,6 @@ PRESETS = {
         learning_rate=1e-3,
         checkpoint_every=100,
         dtype="float32",
-        jacobian="linear_ode",
     ),
 }
 
@@ -636,9 +630,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_run(args.output, settings, args.resume)
 
     experiment = Experiment(preset, args.seed)
-    method = DEER(jacobian=preset.jacobian)
     solvers = dict(
-        DEER=DeerSolver(dfx.Tsit5(), substeps=preset.points, method=method),
+        DEER=DeerSolver(dfx.Tsit5(), substeps=preset.points),
         Tsit5=dfx.Tsit5(),
     )
     results = {

@@ -1,0 +1,35 @@
+# `make example` and `make test` need nothing but Python >= 3.11, git and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: example test lint format benchmark clean
+
+# Installed anew whenever the dependencies change.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("diffrax-deer needs Python 3.11 or later: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[tests,examples]'
+	touch $@
+
+example: $(VENV)/installed
+	$(BIN)/python examples/hamiltonian_nn.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: $(VENV)/installed
+	$(BIN)/python benchmarks/two_body.py
+
+clean:
+	rm -rf $(VENV)
