@@ -1,15 +1,14 @@
 from typing import Any, TYPE_CHECKING, TypeAlias
 
-from jaxtyping import Array, ArrayLike, Bool, Int, PyTree, Real, Shaped
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, PyTree, Real, Shaped
 
 
 if TYPE_CHECKING:
-    BoolScalarLike: TypeAlias = bool | Array
-    IntScalarLike: TypeAlias = int | Array
-    RealScalarLike: TypeAlias = bool | int | float | Array
+    BoolScalarLike: TypeAlias = bool | Array | np.ndarray
+    RealScalarLike: TypeAlias = bool | int | float | Array | np.ndarray
 else:
     BoolScalarLike = Bool[ArrayLike, ""]
-    IntScalarLike = Int[ArrayLike, ""]
     RealScalarLike = Real[ArrayLike, ""]
 
 Y: TypeAlias = PyTree[Shaped[ArrayLike, "?*y"], "Y"]

@@ -31,7 +31,7 @@ class AbstractGuess(eqx.Module):
         **Arguments:**
 
         - `solver`: the solver that [`diffrax_deer.DeerSolver`][] wraps.
-        - `terms`, `args`: as in [`diffrax.diffeqsolve`][].
+        - `terms`, `args`: as in `diffrax.diffeqsolve`.
         - `ts`: the times at which the substeps begin and end.
         - `y0`: the value at `ts[0]`.
 
@@ -113,7 +113,8 @@ class CoarseGuess(AbstractGuess):
             interpolation_cls=coarse_solver.interpolation_cls,
         )
         coarse = jax.vmap(interpolation.evaluate)(ts[1:])
-        if coarse_step.vector_field is None:
+        vector_field = coarse_step.vector_field
+        if vector_field is None:
             return coarse
 
         # Of both guesses, take that which satisfies the differential equation better.
@@ -121,7 +122,7 @@ class CoarseGuess(AbstractGuess):
 
         def defect(ys):
             ys = jtu.tree_map(lambda y, ys: jnp.concatenate([y[None], ys]), y0, ys)
-            fs = jax.vmap(coarse_step.vector_field)(ts, ys)
+            fs = jax.vmap(vector_field)(ts, ys)
             ravel = jax.vmap(coarse_step.ravel, axis_size=substeps + 1)
             ys, fs = ravel(ys), ravel(fs)
             trapezoid = 0.5 * jnp.diff(ts)[:, None] * (fs[1:] + fs[:-1])

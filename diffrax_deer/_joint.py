@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import optimistix as optx
 from diffrax import RESULTS
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -192,8 +193,12 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
         stuck=jnp.array(False),
     )
     state = lax.while_loop(cond_fun, body_fun, state)
-    result = RESULTS.where(
-        state.finite, RESULTS.nonlinear_max_steps_reached, RESULTS.nonfinite
+    result = RESULTS.promote(
+        optx.RESULTS.where(
+            state.finite,
+            optx.RESULTS.nonlinear_max_steps_reached,
+            optx.RESULTS.nonfinite,
+        )
     )
     result = RESULTS.where(state.converged, RESULTS.successful, result)
     return JointSolution(state.ys, state.num_iterations, result, state.A)

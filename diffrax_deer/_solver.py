@@ -248,8 +248,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             y_error = step.unravel(jnp.where(okay, y_error, jnp.inf))
         dense_info = dict(dense_infos=substeps.dense_info)
         new_solver_state = DeerState(
-            t0=t0,
-            t1=t1,
+            t0=ts[0],
+            t1=ts[-1],
             ys=lax.stop_gradient(step.unravel_all(ys)),
             num_iterations=solution.num_iterations,
         )
@@ -300,8 +300,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 DeerSolver.__init__.__doc__ = """**Arguments:**
 
 - `solver`: the solver to wrap, which makes every substep. Any one-step method.
-- `substeps`: the number of steps that each window is split into. An integer of at least
-    1. With `substeps=1` this is the wrapped solver.
+- `substeps`: the number of steps that each window is split into. A positive integer.
+    With `substeps=1` this is the wrapped solver.
 - `method`: how the substeps are linearised. See [`diffrax_deer.AbstractMethod`][].
 - `scan`: how the linear recurrence between the substeps is evaluated. See
     [`diffrax_deer.AbstractScan`][]. Defaults to whatever suits the platform on which
@@ -309,13 +309,15 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
 - `guess`: the first guess of the trajectory over each window. See
     [`diffrax_deer.AbstractGuess`][]. It is not used for a window whose trajectory is in
     the `solver_state` passed to `diffeqsolve`.
-- `rtol`, `atol`: the iteration ends when it changes no value of the trajectory by more
-    than `atol + rtol * abs(value)`. This measures the distance to the wrapped solver's
-    solution, and has nothing to do with the latter's accuracy. `rtol` defaults to 1e-10
-    in double precision and to 5e-6 in single precision, `atol` to a hundredth of that.
+- `rtol`, `atol`: the iteration ends once the trajectory is as close to that of the
+    wrapped solver as a tenth of `atol + rtol * abs(value)`, judging by how quickly it
+    converges. This has nothing to do with the accuracy of the wrapped solver. Where
+    rounding errors alone are larger than that, the iteration ends when they are all
+    that is left. `rtol` defaults to 1e-10 in double precision and to 5e-6 in single
+    precision, `atol` to a hundredth of `rtol`'s default.
 - `norm`: a function `PyTree -> Scalar` that says how large a change is, relative to the
     tolerances. It is called with an array of shape `(substeps, size of the state)`.
-- `max_iters`: the maximum number of iterations for each window, an integer of at
-    least 1. If more would be needed then the window fails. Defaults to `substeps`,
-    which always suffices. (If the solution is finite.)
+- `max_iters`: the maximum number of iterations for each window. A positive integer. If
+    more would be needed then the window fails. Defaults to `substeps`, which always
+    suffices if the solution is finite.
 """

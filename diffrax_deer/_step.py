@@ -108,8 +108,11 @@ class OneStepMap(eqx.Module):
     ) -> Float[Array, "substeps size size"]:
         """The Jacobian of the vector field at the end of every substep."""
 
+        vector_field = self.vector_field
+        assert vector_field is not None
+
         def one(t, y):
-            return self.ravel(self.vector_field(t, self.unravel(y)))
+            return self.ravel(vector_field(t, self.unravel(y)))
 
         return jax.vmap(jax.jacfwd(one, argnums=1))(self.ts[1:], ys)
 

@@ -1,11 +1,19 @@
+from typing import Any, cast
+
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
-from diffrax import diffeqsolve, ODETerm, SaveAt, StepTo
+from diffrax import ODETerm
 from jaxtyping import Array
+
+
+# Not typed, as most fields of a solution may be `None`. A test knows what it has saved.
+diffeqsolve = cast(Any, diffrax.diffeqsolve)
+SaveAt = cast(Any, diffrax.SaveAt)
+StepTo = cast(Any, diffrax.StepTo)
 
 
 # Newton's method converges to machine precision once it converges at all, as is needed

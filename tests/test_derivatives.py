@@ -1,5 +1,7 @@
 """Derivatives, against `DirectAdjoint` or finite differences."""
 
+from typing import Any, cast
+
 import diffrax
 import equinox as eqx
 import jax
@@ -7,11 +9,19 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from diffrax import diffeqsolve, ODETerm, SaveAt
+from diffrax import ODETerm
 from diffrax_deer import AssociativeScan, DEER, DeerSolver
 from jax.flatten_util import ravel_pytree
 
-from .helpers import max_error, problem, root_finder, sequential, split_problem
+from .helpers import (
+    diffeqsolve,
+    max_error,
+    problem,
+    root_finder,
+    SaveAt,
+    sequential,
+    split_problem,
+)
 
 
 t0, t1 = 0.1, 2.1
@@ -21,7 +31,7 @@ adaptive = diffrax.PIDController(rtol=1e-3, atol=1e-5)
 constant = diffrax.ConstantStepSize()
 
 
-def _inputs():
+def _inputs() -> dict[str, Any]:
     term, y0, args = problem()
     return dict(y0=y0, args=args, term=term, t0=jnp.array(t0), t1=jnp.array(t1))
 
@@ -302,7 +312,7 @@ def test_closed_over_parameters():
         return jnp.sum(sol.ys)
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
-    weight = term.vector_field.weight
+    weight = cast(Any, term.vector_field).weight
     deer = grad(weight, DeerSolver(diffrax.Heun(), 4))
     ts = np.linspace(0, 1, 9)
     ref = jax.grad(

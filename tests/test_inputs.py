@@ -1,5 +1,7 @@
 """Whatever `diffeqsolve` takes, and what it must refuse."""
 
+from typing import Any, cast
+
 import diffrax
 import equinox as eqx
 import jax
@@ -7,11 +9,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optimistix as optx
 import pytest
-from diffrax import diffeqsolve, ODETerm, RESULTS, SaveAt
+from diffrax import ODETerm, RESULTS
 from diffrax_deer import CoarseGuess, DEER, DeerSolver
 
-from .helpers import max_error, problem, sequential
+from .helpers import diffeqsolve, max_error, problem, SaveAt, sequential
 
 
 heun = DeerSolver(diffrax.Heun(), 8)
@@ -185,8 +188,6 @@ def test_events():
             event=diffrax.Event(cond_fn, root_finder),
         )
 
-    import optimistix as optx
-
     crossing = lambda t, y, args, **kwargs: y[0]
     sol = solve(crossing, optx.Newton(1e-10, 1e-10))
     assert sol.result == RESULTS.event_occurred
@@ -258,7 +259,7 @@ def test_complex_state():
 def test_integer_state():
     # Which does not get here through `diffeqsolve`.
     with pytest.raises(TypeError, match="`y0` must be floating point"):
-        heun.step(ODETerm(_decay), 0.0, 1.0, jnp.array(1), None, None, False)
+        heun.step(ODETerm(_decay), 0.0, 1.0, jnp.array(1), None, cast(Any, None), False)
 
 
 def test_bad_solver_state():
@@ -345,8 +346,6 @@ def test_not_converged():
 
 def test_failure_of_the_wrapped_solver():
     # An implicit solver that is not allowed to iterate.
-    import optimistix as optx
-
     root_finder = optx.Newton(rtol=1e-10, atol=1e-10)
     solver = diffrax.ImplicitEuler(root_finder=root_finder, root_find_max_steps=1)
     stiff = lambda t, y, args: -(y**3)

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffrax import diffeqsolve, ODETerm, SaveAt
+from diffrax import ODETerm
 from diffrax_deer import AssociativeScan, ConstantGuess, DEER, DeerSolver
 
 from .helpers import (
+    diffeqsolve,
     explicit_solvers,
     implicit_solvers,
     max_error,
     problem,
     root_finder,
+    SaveAt,
     sequential,
     solver_id,
     split_problem,

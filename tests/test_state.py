@@ -5,10 +5,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from diffrax import diffeqsolve, ODETerm, SaveAt
+from diffrax import ODETerm
 from diffrax_deer import DeerSolver
 
-from .helpers import max_error, problem, sequential
+from .helpers import diffeqsolve, max_error, problem, SaveAt, sequential
 
 
 solver = DeerSolver(diffrax.Tsit5(), 64)
