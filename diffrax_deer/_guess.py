@@ -22,7 +22,7 @@ class AbstractGuess(eqx.Module):
         self,
         solver: AbstractSolver,
         terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps+1"],
+        ts: Real[Array, " substeps_plus_1"],
         y0: PyTree[Array],
         args: PyTree[Any],
     ) -> PyTree[Array]:
@@ -52,7 +52,7 @@ class ConstantGuess(AbstractGuess):
         self,
         solver: AbstractSolver,
         terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps+1"],
+        ts: Real[Array, " substeps_plus_1"],
         y0: PyTree[Array],
         args: PyTree[Any],
     ) -> PyTree[Array]:
@@ -86,7 +86,7 @@ class CoarseGuess(AbstractGuess):
         self,
         solver: AbstractSolver,
         terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps+1"],
+        ts: Real[Array, " substeps_plus_1"],
         y0: PyTree[Array],
         args: PyTree[Any],
     ) -> PyTree[Array]:

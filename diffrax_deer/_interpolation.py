@@ -12,7 +12,7 @@ from ._custom_types import RealScalarLike
 
 def uniform_grid(
     t0: RealScalarLike, t1: RealScalarLike, substeps: int
-) -> Real[Array, " substeps+1"]:
+) -> Real[Array, " substeps_plus_1"]:
     """The times at which the substeps of the window `[t0, t1]` begin and end."""
     return _grid_time(t0, t1, substeps, jnp.arange(substeps + 1))
 

@@ -1,12 +1,14 @@
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, cast, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from diffrax import (
     AbstractERK,
+    AbstractImplicitSolver,
     AbstractRungeKutta,
     AbstractSolver,
     AbstractSRK,
@@ -37,11 +39,14 @@ class OneStepMap(eqx.Module):
     Vectors are the flattened state of the differential equation.
     """
 
-    ts: Real[Array, " substeps+1"]
+    ts: Real[Array, " substeps_plus_1"]
     # `(t0, t1, y0) -> Substep`
     substep: Callable[..., Substep]
     # `(t, y) -> dy/dt`, if this is an ordinary differential equation
     vector_field: Callable | None
+    # What the solver does to `dy/dt = J y`, as a function of `dt J`. Either "exact", if
+    # close to its exponential, or the coefficients of a polynomial. `None` if unknown.
+    exponential: Literal["exact"] | tuple[float, ...] | None
     unravel: Callable[[Float[Array, " size"]], PyTree]
     # The precision of the least precise leaf of the state.
     eps: float
@@ -50,15 +55,19 @@ class OneStepMap(eqx.Module):
         self,
         solver: AbstractSolver,
         terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps+1"],
+        ts: Real[Array, " substeps_plus_1"],
         y0: PyTree[Array],
         args: PyTree[Any],
     ):
         self.ts = ts
         if _is_explicit_runge_kutta(solver):
-            substep = _explicit_runge_kutta(solver.tableau, terms, args)  # pyright: ignore
+            tableau = solver.tableau  # pyright: ignore[reportAttributeAccessIssue]
+            substep = _explicit_runge_kutta(tableau, terms, args)
+            self.exponential = _stability_polynomial(tableau)
         else:
             substep = _any_solver(solver, terms, args)
+            is_implicit = isinstance(solver, AbstractImplicitSolver)
+            self.exponential = "exact" if is_implicit else None
         # `jit` not for speed of execution but of tracing. The same substep occurs in
         # the residual, in its linearisations, in the output...
         self.substep = jax.jit(substep)
@@ -146,6 +155,22 @@ def _is_explicit_runge_kutta(solver: AbstractSolver) -> bool:
         and cls.step is AbstractRungeKutta.step
         and isinstance(cls.tableau, ButcherTableau)
     )
+
+
+def _stability_polynomial(tableau: ButcherTableau) -> tuple[float, ...]:
+    # `1 + b^T (I - z A)^{-1} 1 z`. See Hairer & Wanner, Solving Ordinary Differential
+    # Equations II, section IV.2.
+    A = np.zeros((tableau.num_stages, tableau.num_stages))
+    for i, a in enumerate(tableau.a_lower):
+        A[i + 1, : i + 1] = a
+    coefficients = [1.0]
+    power = np.ones(tableau.num_stages)
+    for _ in range(tableau.num_stages):
+        coefficients.append(float(tableau.b_sol @ power))
+        power = A @ power
+    while abs(coefficients[-1]) < 1e-12:  # The last stage of an FSAL method.
+        coefficients.pop()
+    return tuple(coefficients)
 
 
 def _explicit_runge_kutta(tableau: ButcherTableau, terms, args):

@@ -94,6 +94,19 @@ def test_chaotic_in_one_window(dtype):
     assert deer.solver_state.num_iterations <= 256
 
 
+def test_unstable():
+    # With these steps, Tsit5 amplifies every difference from the slow solution. To damp
+    # them, as the differential equation does, would be nicer but wrong; and would leave
+    # it to derivatives to explode.
+    term = ODETerm(lambda t, y, args: -50 * (y - jnp.cos(t)))
+    ts = np.linspace(0, 1, 11)
+    y0 = jnp.array([1.0])
+    deer = diffeqsolve(term, DeerSolver(substeps=10), 0, 1, 1, y0)
+    ref = sequential(term, diffrax.Tsit5(), ts, y0)
+    assert abs(ref.ys[0, 0]) > 100
+    assert max_error(deer.ys, ref.ys) < 1e-10
+
+
 def test_error_estimate():
     # Bosh3 estimates its error by the difference to an embedded method of order 2. Over
     # a window, that should become the difference between both of their solutions.

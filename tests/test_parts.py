@@ -11,10 +11,11 @@ from diffrax_deer import (
     AutoScan,
     CoarseGuess,
     ConstantGuess,
+    DEER,
     SequentialScan,
 )
 from diffrax_deer._interpolation import uniform_grid
-from diffrax_deer._method.deer import matrix_exponential
+from diffrax_deer._method.deer import matrix_exponential, matrix_polynomial
 from diffrax_deer._step import is_ode, OneStepMap
 
 from .helpers import explicit_solvers, max_error, problem, solver_id
@@ -67,6 +68,38 @@ def test_matrix_exponential(scale):
     X = jnp.array(scale * rng.normal(size=(5, 4, 4)))
     exact = jax.vmap(jax.scipy.linalg.expm)(X)
     assert max_error(matrix_exponential(X), exact) < 2e-2
+
+
+@pytest.mark.parametrize("degree", range(1, 14))
+def test_matrix_polynomial(degree):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(5, 3, 3))
+    coefficients = rng.normal(size=degree + 1)
+    expected = sum(
+        c * np.stack([np.linalg.matrix_power(x, i) for x in X])
+        for i, c in enumerate(coefficients)
+    )
+    actual = matrix_polynomial(tuple(coefficients.tolist()), jnp.array(X))
+    assert max_error(actual, expected) < 1e-13
+
+
+@pytest.mark.parametrize("jacobian", ("linear_ode", "exact"))
+@pytest.mark.parametrize(
+    "solver",
+    (*explicit_solvers, diffrax.HalfSolver(diffrax.Heun())),
+    ids=solver_id,
+)
+def test_linearisation(jacobian, solver):
+    # Of a linear equation: exact.
+    J = jnp.array([[-3.0, 8.0], [-5.0, -2.0]])
+    term = ODETerm(lambda t, y, args: J @ y)
+    ts = jnp.linspace(0, 2, 6)
+    y0 = jnp.array([1.0, 2.0])
+    step = OneStepMap(solver, term, ts, y0, None)
+    ys = jnp.ones((5, 2))
+    A = DEER(jacobian).linearise(step, y0, ys)
+    exact = step.jacobian(ys)
+    assert max_error(A[1:], exact[1:]) < 1e-12
 
 
 def test_matrix_exponential_of_stiff_matrices():

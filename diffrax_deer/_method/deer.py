@@ -1,3 +1,5 @@
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import equinox as eqx
@@ -59,6 +61,24 @@ def _magnus(
     return jnp.concatenate([jnp.zeros_like(J[:1]), log])
 
 
+def matrix_polynomial(
+    coefficients: Sequence[float], X: Float[Array, "n size size"]
+) -> Float[Array, "n size size"]:
+    # By Paterson--Stockmeyer: of degree `m`, with about `2 sqrt(m)` products.
+    degree = len(coefficients) - 1
+    block = max(math.isqrt(degree), 1)
+    powers = [jnp.broadcast_to(jnp.eye(X.shape[-1], dtype=X.dtype), X.shape), X]
+    while len(powers) <= block:
+        powers.append(_matmul(powers[-1], X))
+    out = None
+    for start in reversed(range(0, degree + 1, block)):
+        terms = zip(coefficients[start : start + block], powers)
+        part = jnp.asarray(sum(c * power for c, power in terms))
+        out = part if out is None else part + _matmul(out, powers[block])
+    assert out is not None
+    return out
+
+
 class DEER(AbstractMethod):
     r"""DEER: the full Jacobian of every substep, that is, Newton's method for all of
     the window at once.
@@ -93,21 +113,30 @@ class DEER(AbstractMethod):
         y0: Float[Array, " size"],
         ys: Float[Array, "substeps size"],
     ) -> Float[Array, "substeps size size"]:
-        if self.jacobian == "linear_ode" and step.vector_field is not None:
-            J = step.vector_field_jacobian(ys)
-            dt = jnp.diff(step.ts).astype(J.dtype)
-            return matrix_exponential(_magnus(J, dt[:, None, None]))
-        else:
+        if (
+            self.jacobian == "exact"
+            or step.vector_field is None
+            or step.exponential is None
+        ):
             return step.jacobian(jnp.concatenate([y0[None], ys[:-1]]))
+        J = step.vector_field_jacobian(ys)
+        dt = jnp.diff(step.ts).astype(J.dtype)
+        X = _magnus(J, dt[:, None, None])
+        if step.exponential == "exact":
+            return matrix_exponential(X)
+        else:
+            return matrix_polynomial(step.exponential, X)
 
 
 DEER.__init__.__doc__ = """**Arguments:**
 
 - `jacobian`: how to linearise a substep. Either
-    - `"linear_ode"`: integrate the linearised differential equation exactly, as in the
-        paper: the matrix exponential of `dt` times the Jacobian of the vector field.
-        This takes one Jacobian of the vector field per substep. Where the equation is
-        no ordinary differential equation this is the same as `"exact"`.
+    - `"linear_ode"`: linearise the differential equation, and integrate that over the
+        substep. This takes one Jacobian of the vector field per substep, and then the
+        matrix exponential: for implicit solvers itself, and for explicit Runge--Kutta
+        methods the polynomial that these use in its place, so that both are stable at
+        the same step sizes. For all other solvers, and if the equation is no ordinary
+        differential equation, this is the same as `"exact"`.
     - `"exact"`: the Jacobian of the wrapped solver's step. This takes one Jacobian of
         the vector field for each of its stages.
 """
