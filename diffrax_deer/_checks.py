@@ -20,7 +20,9 @@ def check_positive_int(x: Any, name: str) -> None:
 def check_tolerance(x: Any, name: str) -> None:
     if isinstance(x, jax.core.Tracer):
         return  # Its value is not known yet.
-    if isinstance(x, bool) or not isinstance(x, (int, float, np.ndarray, jax.Array)):
+    if isinstance(x, bool) or not isinstance(
+        x, (int, float, np.number, np.ndarray, jax.Array)
+    ):
         raise TypeError(f"`{name}` must be a positive number or `None`, got {x!r}.")
     if np.shape(x) != () or not x > 0:
         raise ValueError(

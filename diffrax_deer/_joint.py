@@ -17,6 +17,8 @@ from ._step import OneStepMap
 # What the rounding errors made in one substep amount to, in units of its values'
 # precision. A residual below this cannot be told from zero.
 _ROUNDING = 16
+# The best rate of convergence that is believed.
+_MIN_RATE = 1e-3
 # The fraction of the tolerance that the estimated distance to the solution must reach.
 _SAFETY = 0.1
 
@@ -49,7 +51,7 @@ def joint_solve(
     method: AbstractMethod,
     scan: AbstractScan,
     rtol: RealScalarLike,
-    atol: RealScalarLike,
+    atol: RealScalarLike | None,
     norm: Callable[[PyTree], RealScalarLike],
     max_iters: int,
 ) -> JointSolution:
@@ -105,8 +107,15 @@ def _implicit_function_jvp(primals, tangents):
     A = jax.vmap(column, out_axes=-1)(jnp.eye(ys.shape[-1], dtype=ys.dtype))
     A_T = jnp.swapaxes(A, -1, -2)
     A_T = jnp.concatenate([A_T[1:], jnp.zeros_like(A_T[:1])])
+
+    def matvec(x):
+        previous = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
+        return x - jnp.sum(A * previous[:, None, :], axis=-1)
+
+    # Not just `scan(A, -b)`, as thus every derivative of this, too, is a recurrence,
+    # rather than the derivative of whatever operations the scan is made of.
     t_ys = lax.custom_linear_solve(
-        residual_jvp,
+        matvec,
         -b,
         solve=lambda _, b: scan(A, b),
         transpose_solve=lambda _, b: scan(A_T, b, reverse=True),
@@ -126,6 +135,14 @@ def _without_gradient(fn):
     return eqx.combine(lax.stop_gradient(dynamic), static)()
 
 
+def _atol(atol, rtol, scale):
+    if atol is None:
+        # Small compared with `rtol`, also if the solution itself is small.
+        magnitude = jnp.minimum(1, jnp.max(scale, initial=0))
+        atol = jnp.maximum(1e-2 * rtol * magnitude, jnp.finfo(scale.dtype).tiny)
+    return atol
+
+
 def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
     substeps, size = guess.shape
 
@@ -136,7 +153,8 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
 
     def body_fun(state):
         ys = state.ys
-        stepped_ys = step(_starts(y0, ys))
+        starts = _starts(y0, ys)
+        stepped_ys = step(starts)
         A = method.linearise(step, y0, ys)
 
         # Far from the solution, vector fields may overflow or leave their domain. Such
@@ -154,20 +172,28 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
 
         delta = new_ys - ys
         scale = jnp.maximum(jnp.abs(ys), jnp.abs(new_ys))
-        change = norm(delta / (atol + rtol * scale))
+        change = norm(delta / (_atol(atol, rtol, scale) + rtol * scale))
+        change = jnp.asarray(change, state.change.dtype)
         # The distance to the solution that is left, if the changes go on shrinking at
         # this rate. It takes two iterations to know the rate. That is well spent: the
         # linearisation may be far from that of the wrapped solver, for example if the
         # latter is unstable, and then a small change does not mean that we are close.
-        rate = change / state.change
+        # Nor do we believe in a very good rate: parts of the solution that converge
+        # slowly may hide behind others, as long as these are further away.
+        rate = jnp.maximum(change / state.change, _MIN_RATE)
         left = jnp.where(rate < 0.5, change * rate / (1 - rate), jnp.inf)
         converged = (left < _SAFETY) | (change == 0)
         # Over many substeps, rounding errors may add up to more than the tolerance.
         # Then we are done once another iteration does not help.
-        rounding_error = (
-            _ROUNDING * step.eps * jnp.max(scale, axis=-1, keepdims=True, initial=0)
+        size = jnp.maximum(jnp.abs(ys), jnp.abs(stepped_ys))
+        size = jnp.max(size, axis=0, keepdims=True, initial=0)
+        from_others = jnp.sum(jnp.abs(A * starts[:, None, :]), axis=-1)
+        rounding_error = _ROUNDING * step.eps * (size + from_others)
+        stagnates = (
+            jnp.all(jnp.abs(r) <= rounding_error)
+            & (rate >= 0.5)
+            & (state.num_iterations > 0)
         )
-        stagnates = jnp.all(jnp.abs(r) <= rounding_error) & (rate >= 0.5)
         num_iterations = state.num_iterations + 1
         finite = jnp.all(okay)
         complete = num_iterations == substeps

@@ -80,6 +80,15 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         changes sign twice within one window neither change is seen. If this matters
         then use smaller windows.
 
+    - `SaveAt(steps=True)` saves the ends of windows. `SaveAt(dense=True)` keeps all
+        substeps of all windows, for which it allocates `max_steps * substeps` of what
+        the wrapped solver would keep for one step. So set `max_steps` to the number of
+        windows needed.
+    - The vector field must be differentiable in forward mode, even if no derivative is
+        asked for. (A `jax.custom_vjp` is not. Inside of it, `diffeqsolve` needs
+        `adjoint=DirectAdjoint()` or `adjoint=ForwardMode()`.) It is also evaluated at
+        guesses, which may be far from the solution.
+
     The wrapped solver may be any one-step method of Diffrax. Explicit Runge--Kutta
     methods are the fastest choice.
 
@@ -212,17 +221,16 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             )
             ys = step.ravel_all(ys)
             finite = jnp.isfinite(ys).all(axis=-1, keepdims=True)
-            return jnp.where(finite, ys, flat_y0)
+            return jnp.where(finite, ys, flat_y0[None])
 
-        rtol, atol = self._tolerances(step.eps)
         solution = joint_solve(
             step,
             flat_y0,
             guess,
             method=self.method,
             scan=self.scan,
-            rtol=rtol,
-            atol=atol,
+            rtol=self._rtol(step.eps),
+            atol=self.atol,
             norm=self.norm,
             max_iters=self.substeps if self.max_iters is None else self.max_iters,
         )
@@ -243,8 +251,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         if substeps.y_error is None:
             y_error = None
         else:
-            errors = lax.stop_gradient(step.ravel_all(substeps.y_error))
+            errors = step.ravel_all(substeps.y_error)
             y_error = self._window_error(errors, ys_from_start, solution.A)
+            y_error = lax.stop_gradient(y_error)
             y_error = step.unravel(jnp.where(okay, y_error, jnp.inf))
         dense_info = dict(dense_infos=substeps.dense_info)
         new_solver_state = DeerState(
@@ -264,7 +273,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         # compares with the values at the ends of the window, hence the rescaling where
         # the solution is larger in between.
         size = jnp.abs(ys)
-        size_at_ends = jnp.maximum(size[0], size[-1])
+        size_at_ends = jnp.maximum(size[:1], size[-1:])
         size = jnp.maximum(size[:-1], size[1:])
         rescale = jnp.where(size > size_at_ends, size_at_ends / size, 1)
         return jnp.maximum(at_end, jnp.max(jnp.abs(errors) * rescale, axis=0))
@@ -288,13 +297,11 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             f"but got the state\n{solver_state}"
         )
 
-    def _tolerances(self, eps):
-        # An iteration that has come this close to the solution is, as the convergence
-        # is superlinear, much closer still.
-        default = 1e-10 if eps < 1e-12 else 40 * eps
-        rtol = default if self.rtol is None else self.rtol
-        atol = 1e-2 * default if self.atol is None else self.atol
-        return rtol, atol
+    def _rtol(self, eps):
+        if self.rtol is None:
+            return 1e-10 if eps < 1e-12 else 40 * eps
+        else:
+            return self.rtol
 
 
 DeerSolver.__init__.__doc__ = """**Arguments:**
@@ -307,14 +314,16 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     [`diffrax_deer.AbstractScan`][]. Defaults to whatever suits the platform on which
     the computation is going to run.
 - `guess`: the first guess of the trajectory over each window. See
-    [`diffrax_deer.AbstractGuess`][]. It is not used for a window whose trajectory is in
-    the `solver_state` passed to `diffeqsolve`.
+    [`diffrax_deer.AbstractGuess`][]. If the `solver_state` passed to `diffeqsolve` is
+    that of a window from exactly the same `t0` to exactly the same `t1`, then its
+    trajectory is the first guess instead.
 - `rtol`, `atol`: the iteration ends once the trajectory is as close to that of the
     wrapped solver as a tenth of `atol + rtol * abs(value)`, judging by how quickly it
     converges. This has nothing to do with the accuracy of the wrapped solver. Where
     rounding errors alone are larger than that, the iteration ends when they are all
     that is left. `rtol` defaults to 1e-10 in double precision and to 5e-6 in single
-    precision, `atol` to a hundredth of `rtol`'s default.
+    precision (the lowest precision of all leaves of the state). `atol` defaults to
+    `0.01 * rtol`, or to as much less as the largest value is less than 1.
 - `norm`: a function `PyTree -> Scalar` that says how large a change is, relative to the
     tolerances. It is called with an array of shape `(substeps, size of the state)`.
 - `max_iters`: the maximum number of iterations for each window. A positive integer. If

@@ -225,16 +225,14 @@ def _any_solver(solver: AbstractSolver, terms, args):
 def _jvp_compatible(solver: AbstractSolver) -> AbstractSolver:
     # Diffrax's default for the loop over stages cannot be differentiated in forward
     # mode, which is how Jacobians are computed.
-    has_scan_kind = lambda x: (
-        isinstance(x, (AbstractRungeKutta, AbstractSRK))
-        and any(issubclass(type(x), cls) for cls in (AbstractRungeKutta, AbstractSRK))
-    )
-
     def fix(x):
-        if has_scan_kind(x):
-            return eqx.tree_at(
-                lambda s: s.scan_kind, x, "bounded", is_leaf=lambda s: s is None
-            )
-        return x
+        if not has_scan_kind(x):
+            return x
+        # Each of them understands only one of those that can.
+        kind = "lax" if issubclass(type(x), AbstractSRK) else "bounded"
+        is_none = lambda s: s is None
+        return eqx.tree_at(lambda s: s.scan_kind, x, kind, is_leaf=is_none)
 
+    # Of the class itself: `isinstance` is also true for solvers that wrap such a one.
+    has_scan_kind = lambda x: issubclass(type(x), (AbstractRungeKutta, AbstractSRK))
     return cast(AbstractSolver, jtu.tree_map(fix, solver, is_leaf=has_scan_kind))

@@ -14,7 +14,14 @@ import pytest
 from diffrax import ODETerm, RESULTS
 from diffrax_deer import CoarseGuess, DEER, DeerSolver
 
-from .helpers import diffeqsolve, max_error, problem, SaveAt, sequential
+from .helpers import (
+    diffeqsolve,
+    max_error,
+    problem,
+    root_finder,
+    SaveAt,
+    sequential,
+)
 
 
 heun = DeerSolver(diffrax.Heun(), 8)
@@ -136,12 +143,40 @@ def test_one_failing_element_changes_no_other():
     assert (result == RESULTS.successful).tolist() == [True, False, True]
 
 
+def test_flags():
+    # As strict as JAX can be.
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        sol = _solve(_decay, jnp.ones(2), DeerSolver(diffrax.Tsit5(), 8))
+        implicit = diffrax.ImplicitEuler(root_finder=root_finder)
+        _solve(_decay, jnp.ones(2), DeerSolver(implicit, 8))
+    assert sol.result == RESULTS.successful
+
+
+def test_loops_in_the_vector_field():
+    def vector_field(t, y, args):
+        cond_fun = lambda carry: carry[0] < 3
+        body_fun = lambda carry: (carry[0] + 1, jnp.tanh(args * carry[1]))
+        return jax.lax.while_loop(cond_fun, body_fun, (0, y))[1]
+
+    @jax.jit
+    @jax.jacfwd
+    def jacobian(y0):
+        adjoint = diffrax.ForwardMode()
+        return _solve(vector_field, y0, args=0.9, adjoint=adjoint).ys
+
+    y0 = jnp.array([1.0, 0.5])
+    eps = 1e-6
+    y1 = lambda y0: _solve(vector_field, y0, args=0.9).ys
+    expected = (y1(y0.at[0].add(eps)) - y1(y0.at[0].add(-eps))) / (2 * eps)
+    assert max_error(jacobian(y0)[..., 0], expected) < 1e-8
+
+
 def test_filter_jit_solver_argument():
     @eqx.filter_jit
     def solve(solver, y0):
         return _solve(_decay, y0, solver)
 
-    solver = DeerSolver(diffrax.Heun(), 8, rtol=jnp.array(1e-8), atol=1e-10)
+    solver = DeerSolver(diffrax.Heun(), 8, rtol=jnp.array(1e-8), atol=np.array(1e-10))
     assert max_error(solve(solver, 1.0).ys, solve(heun, 1.0).ys) < 1e-7
 
 
@@ -158,6 +193,20 @@ def test_stochastic():
         ref = sequential(terms, solver, np.linspace(0, 1, 33), y0)
         assert max_error(deer.ys, ref.ys) < 1e-10
     assert isinstance(DeerSolver(diffrax.Euler()), diffrax.AbstractItoSolver)
+
+
+def test_stochastic_runge_kutta():
+    path = diffrax.VirtualBrownianTree(
+        0.0, 1.0, tol=1e-3, shape=(), key=jr.key(0), levy_area=diffrax.SpaceTimeLevyArea
+    )
+    terms = diffrax.MultiTerm(
+        ODETerm(lambda t, y, args: -jnp.sin(y)),
+        diffrax.ControlTerm(lambda t, y, args: jnp.array(0.5), path),
+    )
+    y0 = jnp.array(1.0)
+    deer = diffeqsolve(terms, DeerSolver(diffrax.ShARK(), 4), 0, 1, 0.5, y0)
+    ref = sequential(terms, diffrax.ShARK(), np.linspace(0, 1, 9), y0)
+    assert max_error(deer.ys, ref.ys) < 1e-10
 
 
 def test_controlled():

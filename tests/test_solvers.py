@@ -163,6 +163,58 @@ def test_many_substeps_beyond_the_tolerance(dtype):
     assert state.num_iterations < 20
 
 
+def _compare_trajectories(vector_field, solver, substeps, t1, y0, tol):
+    """From a constant guess, so that the iteration has something to do. Every component
+    by itself, as they may be of very different magnitude.
+    """
+    dtype = y0.dtype.type
+    ts = np.linspace(0, t1, substeps + 1, dtype=dtype)
+    saveat = SaveAt(t1=True, solver_state=True)
+    solver = DeerSolver(solver, substeps, guess=ConstantGuess())
+    deer = diffeqsolve(
+        ODETerm(vector_field), solver, dtype(0), dtype(t1), dtype(t1), y0, saveat=saveat
+    )
+    ref = sequential(
+        ODETerm(vector_field), solver.solver, ts, y0, saveat=SaveAt(steps=True)
+    )
+    for i in range(y0.size):
+        assert max_error(deer.solver_state.ys[:, i], ref.ys[:, i]) < tol
+
+
+@pytest.mark.parametrize("scale", (1e3, 1e-3))
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_components_of_different_magnitude(dtype, scale):
+    # The rounding errors of the first are larger than all of the second.
+    def vector_field(t, y, args):
+        return jnp.stack([0 * y[0], y[1] * (1 - y[1])])
+
+    y0 = jnp.array([scale, 1e-2], dtype)
+    tol = 1e-10 if dtype == jnp.float64 else 1e-5
+    _compare_trajectories(vector_field, diffrax.Tsit5(), 64, 10, y0, tol)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+def test_small_values(dtype):
+    scale = 1e-9 if dtype == jnp.float32 else 1e-13
+
+    def vector_field(t, y, args):
+        return -0.6 * (y - scale * jnp.cos(t))
+
+    y0 = scale * jnp.array([1.0, -0.5], dtype)
+    tol = 1e-10 if dtype == jnp.float64 else 1e-5
+    _compare_trajectories(vector_field, diffrax.Euler(), 32, 32, y0, tol)
+
+
+@pytest.mark.parametrize("solver", (diffrax.Euler(), diffrax.Tsit5()), ids=solver_id)
+def test_components_that_converge_at_different_rates(solver):
+    # The first is found in a single iteration. Until then it hides the second.
+    def vector_field(t, y, args):
+        return jnp.stack([jnp.ones_like(t), -1.5 * (y[1] - 1)])
+
+    y0 = jnp.array([0.0, 1 + 1e-6])
+    _compare_trajectories(vector_field, solver, 32, 32, y0, 1e-10)
+
+
 @pytest.mark.parametrize(
     "solver,order",
     (

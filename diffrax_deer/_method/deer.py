@@ -33,7 +33,7 @@ def matrix_exponential(X: Float[Array, "n size size"]) -> Float[Array, "n size s
     squarings = jnp.where(jnp.isfinite(norm), squarings, 0)
     squarings = jnp.clip(squarings, 0, _MAX_SQUARINGS)
     X = X * jnp.exp2(-squarings)
-    eye = jnp.eye(size, dtype=X.dtype)
+    eye = jnp.eye(size, dtype=X.dtype)[None]
     X2 = _matmul(X, X)
     exp_X = eye + X + _matmul(X2, eye / 2 + X / 6 + X2 / 24)
     return lax.fori_loop(

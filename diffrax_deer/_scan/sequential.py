@@ -23,7 +23,7 @@ class SequentialScan(AbstractScan):
             A_n, b_n = A_b
             # An elementwise product and a sum, as XLA fuses these into the loop. On
             # small states a call to a matrix product costs more than its arithmetic.
-            x = jnp.sum(A_n * x, axis=-1) + b_n
+            x = jnp.sum(A_n * x[None], axis=-1) + b_n
             return x, x
 
         _, xs = lax.scan(body, jnp.zeros_like(b[0]), (A, b), reverse=reverse)
