@@ -184,11 +184,10 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
         left = jnp.where(rate < 0.5, change * rate / (1 - rate), jnp.inf)
         converged = (left < _SAFETY) | (change == 0)
         # Over many substeps, rounding errors may add up to more than the tolerance.
-        # Then we are done once another iteration does not help.
-        size = jnp.maximum(jnp.abs(ys), jnp.abs(stepped_ys))
-        size = jnp.max(size, axis=0, keepdims=True, initial=0)
-        from_others = jnp.sum(jnp.abs(A * starts[:, None, :]), axis=-1)
-        rounding_error = _ROUNDING * step.eps * (size + from_others)
+        # Then we are done once another iteration does not help. Those made in a substep
+        # are proportional to the values that it starts from and ends at.
+        size = jnp.abs(ys) + jnp.sum(jnp.abs(A * starts[:, None, :]), axis=-1)
+        rounding_error = _ROUNDING * step.eps * size
         stagnates = (
             jnp.all(jnp.abs(r) <= rounding_error)
             & (rate >= 0.5)
