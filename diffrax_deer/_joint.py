@@ -185,8 +185,10 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
         converged = (left < _SAFETY) | (change == 0)
         # Over many substeps, rounding errors may add up to more than the tolerance.
         # Then we are done once another iteration does not help. Those made in a substep
-        # are proportional to the values that it starts from and ends at.
-        size = jnp.abs(ys) + jnp.sum(jnp.abs(A * starts[:, None, :]), axis=-1)
+        # are proportional to the values that it starts from and ends at. (To no more
+        # than them: a large `A` must not excuse large residuals far from the solution.)
+        weights = jnp.minimum(jnp.abs(A), 1)
+        size = jnp.abs(ys) + jnp.sum(weights * jnp.abs(starts)[:, None, :], axis=-1)
         rounding_error = _ROUNDING * step.eps * size
         stagnates = (
             jnp.all(jnp.abs(r) <= rounding_error)
