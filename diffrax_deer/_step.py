@@ -127,7 +127,10 @@ class OneStepMap(eqx.Module):
 
 
 def is_ode(terms: PyTree[AbstractTerm]) -> bool:
-    """Whether `terms` is an ordinary differential equation `dy/dt = f(t, y)`."""
+    """Whether `terms` is an ordinary differential equation `dy/dt = f(t, y)`.
+
+    This only decides how substeps are linearised, and so not what their solution is.
+    """
     if isinstance(terms, MultiTerm):
         return all(is_ode(term) for term in terms.terms)
     elif isinstance(terms, AbstractTerm) and hasattr(terms, "term"):

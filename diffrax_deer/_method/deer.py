@@ -47,7 +47,8 @@ def _magnus(
     # The logarithm of the solution of `dx/dt = J(t) x` over each substep, from `J` at
     # the ends of the substeps. To fourth order, for no more Jacobians than the lowest
     # order would take, as the neighbouring substeps are at hand. That of the first
-    # substep is not used, so that no `J` is needed at the start of the window.
+    # substep is not used, so that no `J` is needed at the start of the window. (Blanes,
+    # Casas, Oteo & Ros, The Magnus expansion and some of its applications, 2009.)
     before = 2 * J[:1] - J[1:2]
     after = 2 * J[-1:] - J[-2:-1]
     J0 = J[:-1]
