@@ -1,4 +1,4 @@
-"""Never a silently wrong number: random vector fields, most of which blow up."""
+"""Never a silently wrong number: random vector fields, many of which blow up."""
 
 import diffrax
 import equinox as eqx
