@@ -1,7 +1,8 @@
-"""Two bodies on nearly circular orbits for three revolutions: DEER and Diffrax's Tsit5.
+"""Two bodies on nearly circular orbits, twice around: DEER and Diffrax's Tsit5.
 
-DEER solves the whole interval as a single window. Both have an error of about 1e-6 or
-less. Prints a table; `--output FILE.json` also saves its content.
+DEER solves the whole interval as a single window, to an error of about 1e-6. Tsit5 is
+adaptive, at a relative tolerance of 1e-6 for every step: its error is larger, and in
+the table. `--output FILE.json` also saves its content.
 """
 
 import argparse

@@ -121,10 +121,9 @@ class CoarseGuess(AbstractGuess):
         constant = ConstantGuess()(solver, terms, ts, y0, args)
 
         def defect(ys):
-            ys = jtu.tree_map(lambda y, ys: jnp.concatenate([y[None], ys]), y0, ys)
+            ys = jax.vmap(coarse_step.ravel, axis_size=substeps)(ys)
+            ys = jnp.concatenate([coarse_step.y0[None], ys])
             fs = jax.vmap(vector_field)(ts, ys)
-            ravel = jax.vmap(coarse_step.ravel, axis_size=substeps + 1)
-            ys, fs = ravel(ys), ravel(fs)
             trapezoid = 0.5 * jnp.diff(ts)[:, None] * (fs[1:] + fs[:-1])
             size = jnp.max(jnp.abs(jnp.diff(ys, axis=0) - trapezoid), initial=0)
             return jnp.where(jnp.isfinite(size), size, jnp.inf)

@@ -45,35 +45,34 @@ class _State(eqx.Module):
 
 def joint_solve(
     step: OneStepMap,
-    y0: Float[Array, " size"],
     guess: Callable[[], Float[Array, "substeps size"]],
     *,
     method: AbstractMethod,
     scan: AbstractScan,
-    rtol: RealScalarLike,
+    rtol: RealScalarLike | None,
     atol: RealScalarLike | None,
     norm: Callable[[PyTree], RealScalarLike],
     max_iters: int,
 ) -> JointSolution:
     r"""Solves $y_{n+1} = \Phi_n(y_n)$ for all $n$ jointly.
 
-    `ys` can be differentiated with respect to `y0` and all that `step` closes over, in
-    forward and in reverse mode and more than once. Its derivative is that of the
-    equation solved: it depends neither on the guess nor on the method.
+    `ys` can be differentiated with respect to `step.y0` and all that `step` closes
+    over, in forward and in reverse mode and more than once. Its derivative is that of
+    the equation solved: it depends neither on the guess nor on the method.
 
-    If the result is not successful, then `ys` is `y0` throughout.
+    If the result is not successful, then `ys` is `step.y0` throughout.
     """
     solution = _without_gradient(
-        lambda: _iterate(step, y0, guess(), method, scan, rtol, atol, norm, max_iters)
+        lambda: _iterate(step, guess(), method, scan, rtol, atol, norm, max_iters)
     )
     okay = solution.result == RESULTS.successful
     # A window that failed is masked out by the step size controller, at the end. That
     # is not enough, as the zero cotangents that it gets would still be multiplied with
     # derivatives that may have overflowed.
-    ys = jnp.where(okay, solution.ys, lax.stop_gradient(y0))
+    ys = jnp.where(okay, solution.ys, lax.stop_gradient(step.y0))
 
     def residual(ys):
-        return ys - jnp.where(okay, step(_starts(y0, ys)), lax.stop_gradient(ys))
+        return ys - jnp.where(okay, step(step.starts(ys)), lax.stop_gradient(ys))
 
     residual = eqx.filter_closure_convert(residual, ys)
     ys = _implicit_function(ys, residual, scan)
@@ -123,10 +122,6 @@ def _implicit_function_jvp(primals, tangents):
     return ys, t_ys
 
 
-def _starts(y0, ys):
-    return jnp.concatenate([y0[None], ys[:-1]])
-
-
 def _without_gradient(fn):
     # Hoist everything that `fn` closes over, and stop the gradient there. Otherwise JAX
     # would differentiate the operations of the iteration, or complain that it cannot.
@@ -135,15 +130,17 @@ def _without_gradient(fn):
     return eqx.combine(lax.stop_gradient(dynamic), static)()
 
 
-def _atol(atol, rtol, scale):
+def _tolerance(rtol, atol, eps, scale):
+    if rtol is None:
+        rtol = 1e-10 if eps < 1e-12 else 40 * eps
     if atol is None:
         # Small compared with `rtol`, also if the solution itself is small.
         magnitude = jnp.minimum(1, jnp.max(scale, initial=0))
         atol = jnp.maximum(1e-2 * rtol * magnitude, jnp.finfo(scale.dtype).tiny)
-    return atol
+    return atol + rtol * scale
 
 
-def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
+def _iterate(step, guess, method, scan, rtol, atol, norm, max_iters):
     substeps, size = guess.shape
 
     def cond_fun(state):
@@ -153,9 +150,9 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
 
     def body_fun(state):
         ys = state.ys
-        starts = _starts(y0, ys)
+        starts = step.starts(ys)
         stepped_ys = step(starts)
-        A = method.linearise(step, y0, ys)
+        A = method.linearise(step, ys)
 
         # Far from the solution, vector fields may overflow or leave their domain. Such
         # substeps are left as they are, and wait for better values to arrive.
@@ -172,7 +169,7 @@ def _iterate(step, y0, guess, method, scan, rtol, atol, norm, max_iters):
 
         delta = new_ys - ys
         scale = jnp.maximum(jnp.abs(ys), jnp.abs(new_ys))
-        change = norm(delta / (_atol(atol, rtol, scale) + rtol * scale))
+        change = norm(delta / _tolerance(rtol, atol, step.eps, scale))
         change = jnp.asarray(change, state.change.dtype)
         # The distance to the solution that is left, if the changes go on shrinking at
         # this rate. It takes two iterations to know the rate. That is well spent: the

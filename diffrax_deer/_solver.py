@@ -79,15 +79,14 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         the end of the window in which it becomes true, and of a floating event which
         changes sign twice within one window neither change is seen. If this matters
         then use smaller windows.
-
     - `SaveAt(steps=True)` saves the ends of windows. `SaveAt(dense=True)` keeps all
         substeps of all windows, for which it allocates `max_steps * substeps` of what
         the wrapped solver would keep for one step. So set `max_steps` to the number of
         windows needed.
     - The vector field must be differentiable in forward mode, even if no derivative is
-        asked for. (A `jax.custom_vjp` is not. Inside of it, `diffeqsolve` needs
-        `adjoint=DirectAdjoint()` or `adjoint=ForwardMode()`.) It is also evaluated at
-        guesses, which may be far from the solution.
+        asked for. (A `jax.custom_vjp` is not. Neither is another `diffeqsolve`, unless
+        with `adjoint=DirectAdjoint()` or `adjoint=ForwardMode()`.) It is also evaluated
+        at guesses, which may be far from the solution.
 
     The wrapped solver may be any one-step method of Diffrax. Explicit Runge--Kutta
     methods are the fastest choice.
@@ -210,7 +209,6 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         self._check_solver_state(solver_state, y0)
         ts = uniform_grid(t0, t1, self.substeps)
         step = OneStepMap(self.solver, terms, ts, y0, args)
-        flat_y0 = step.ravel(y0)
 
         def guess():
             same_window = (solver_state.t0 == t0) & (solver_state.t1 == t1)
@@ -221,22 +219,21 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             )
             ys = step.ravel_all(ys)
             finite = jnp.isfinite(ys).all(axis=-1, keepdims=True)
-            return jnp.where(finite, ys, flat_y0[None])
+            return jnp.where(finite, ys, step.y0[None])
 
         solution = joint_solve(
             step,
-            flat_y0,
             guess,
             method=self.method,
             scan=self.scan,
-            rtol=self._rtol(step.eps),
+            rtol=self.rtol,
             atol=self.atol,
             norm=self.norm,
             max_iters=self.substeps if self.max_iters is None else self.max_iters,
         )
         ys = solution.ys
-        ys_from_start = jnp.concatenate([flat_y0[None], ys])
-        substeps = step.substeps(ys_from_start[:-1])
+        starts = step.starts(ys)
+        substeps = step.substeps(starts)
 
         # An implicit solver may also have failed on one of the substeps.
         failed = substeps.result != RESULTS.successful
@@ -247,12 +244,12 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
         # Step size controllers divide the error by the solution, which so has to be
         # finite also when the error is not.
-        y1 = step.unravel(jnp.where(okay, ys[-1], flat_y0))
+        y1 = step.unravel(jnp.where(okay, ys[-1], step.y0))
         if substeps.y_error is None:
             y_error = None
         else:
             errors = step.ravel_all(substeps.y_error)
-            y_error = self._window_error(errors, ys_from_start, solution.A)
+            y_error = self._window_error(errors, starts, ys, solution.A)
             y_error = lax.stop_gradient(y_error)
             y_error = step.unravel(jnp.where(okay, y_error, jnp.inf))
         dense_info = dict(dense_infos=substeps.dense_info)
@@ -264,7 +261,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         )
         return y1, y_error, dense_info, new_solver_state, result
 
-    def _window_error(self, errors, ys, A):
+    def _window_error(self, errors, starts, ys, A):
         # What the errors made on each substep have become at the end of the window.
         at_end = jnp.abs(self.scan(A, errors)[-1])
         # That alone would miss it if an explicit solver is unstable on one part of the
@@ -272,9 +269,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         # also ask of each substep what the controller would ask of a single step. It
         # compares with the values at the ends of the window, hence the rescaling where
         # the solution is larger in between.
-        size = jnp.abs(ys)
-        size_at_ends = jnp.maximum(size[:1], size[-1:])
-        size = jnp.maximum(size[:-1], size[1:])
+        size_at_ends = jnp.maximum(jnp.abs(starts[:1]), jnp.abs(ys[-1:]))
+        size = jnp.maximum(jnp.abs(starts), jnp.abs(ys))
         rescale = jnp.where(size > size_at_ends, size_at_ends / size, 1)
         return jnp.maximum(at_end, jnp.max(jnp.abs(errors) * rescale, axis=0))
 
@@ -296,12 +292,6 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             f"shape and dtype. Expected a trajectory of the form\n{expected}\n"
             f"but got the state\n{solver_state}"
         )
-
-    def _rtol(self, eps):
-        if self.rtol is None:
-            return 1e-10 if eps < 1e-12 else 40 * eps
-        else:
-            return self.rtol
 
 
 DeerSolver.__init__.__doc__ = """**Arguments:**

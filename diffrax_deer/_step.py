@@ -40,9 +40,11 @@ class OneStepMap(eqx.Module):
     """
 
     ts: Real[Array, " substeps_plus_1"]
+    # The value at the start of the window.
+    y0: Float[Array, " size"]
     # `(t0, t1, y0) -> Substep`
     substep: Callable[..., Substep]
-    # `(t, y) -> dy/dt`, if this is an ordinary differential equation
+    # `(t, vector) -> vector`, if this is an ordinary differential equation
     vector_field: Callable | None
     # What the solver does to `dy/dt = J y`, as a function of `dt J`. Either "exact", if
     # close to its exponential, or the coefficients of a polynomial. `None` if unknown.
@@ -71,10 +73,10 @@ class OneStepMap(eqx.Module):
         # `jit` not for speed of execution but of tracing. The same substep occurs in
         # the residual, in its linearisations, in the output...
         self.substep = jax.jit(substep)
+        self.y0, self.unravel = ravel_pytree(y0)
         self.vector_field = (
-            jax.jit(_vector_field(terms, args)) if is_ode(terms) else None
+            jax.jit(_vector_field(terms, args, self.unravel)) if is_ode(terms) else None
         )
-        _, self.unravel = ravel_pytree(y0)
         leaves = jtu.tree_leaves(y0)
         self.eps = max((float(jnp.finfo(y.dtype).eps) for y in leaves), default=0.0)
 
@@ -88,6 +90,12 @@ class OneStepMap(eqx.Module):
 
     def unravel_all(self, ys: Float[Array, "substeps size"]) -> PyTree[Array]:
         return jax.vmap(self.unravel)(ys)
+
+    def starts(
+        self, ys: Float[Array, "substeps size"]
+    ) -> Float[Array, "substeps size"]:
+        """The values at the start of every substep, from those at their ends."""
+        return jnp.concatenate([self.y0[None], ys[:-1]])
 
     def substeps(self, ys: Float[Array, "substeps size"]) -> Substep:
         """The full output of each substep, with a leading axis `substeps`."""
@@ -116,14 +124,8 @@ class OneStepMap(eqx.Module):
         self, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size size"]:
         """The Jacobian of the vector field at the end of every substep."""
-
-        vector_field = self.vector_field
-        assert vector_field is not None
-
-        def one(t, y):
-            return self.ravel(vector_field(t, self.unravel(y)))
-
-        return jax.vmap(jax.jacfwd(one, argnums=1))(self.ts[1:], ys)
+        assert self.vector_field is not None
+        return jax.vmap(jax.jacfwd(self.vector_field, argnums=1))(self.ts[1:], ys)
 
 
 def is_ode(terms: PyTree[AbstractTerm]) -> bool:
@@ -140,11 +142,11 @@ def is_ode(terms: PyTree[AbstractTerm]) -> bool:
         return type(terms) is ODETerm
 
 
-def _vector_field(terms, args):
+def _vector_field(terms, args, unravel):
     def vector_field(t, y):
         # The control of an `ODETerm` is the time that passes. (Perhaps backwards.)
         unit_control = terms.contr(jnp.zeros_like(t), jnp.ones_like(t))
-        return terms.vf_prod(t, y, args, unit_control)
+        return ravel_pytree(terms.vf_prod(t, unravel(y), args, unit_control))[0]
 
     return vector_field
 

@@ -88,6 +88,22 @@ def sequential(terms, solver, ts, y0, args=None, *, saveat=SaveAt(t1=True), **kw
     )
 
 
+def exact(terms, t0, t1, y0, args=None, *, saveat=SaveAt(t1=True)):
+    """The solution itself, as far as double precision goes."""
+    return diffeqsolve(
+        terms,
+        diffrax.Dopri8(),
+        t0,
+        t1,
+        None,
+        y0,
+        args,
+        saveat=saveat,
+        stepsize_controller=diffrax.PIDController(rtol=1e-12, atol=1e-12),
+        max_steps=None,
+    )
+
+
 def max_error(x, y):
     """The largest difference relative to the magnitude of the leaf that it is in."""
 

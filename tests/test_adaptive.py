@@ -10,7 +10,7 @@ import pytest
 from diffrax import ODETerm
 from diffrax_deer import ConstantGuess, DeerSolver
 
-from .helpers import diffeqsolve, max_error, problem, SaveAt, sequential
+from .helpers import diffeqsolve, exact, max_error, problem, SaveAt, sequential
 
 
 def _van_der_pol(t, y, mu):
@@ -38,18 +38,15 @@ def _solve(vector_field, solver, t1, y0, args, controller, saveat=SaveAt(t1=True
     )
 
 
-tight = diffrax.PIDController(rtol=1e-12, atol=1e-12)
-
-
 @pytest.fixture(scope="module")
 def van_der_pol():
     y0 = jnp.array([2.0, 0.0])
-    return _solve(_van_der_pol, diffrax.Dopri8(), 100.0, y0, 50.0, tight).ys
+    return exact(ODETerm(_van_der_pol), 0, 100, y0, 50.0).ys
 
 
 @pytest.fixture(scope="module")
 def lorenz():
-    return _solve(_lorenz, diffrax.Dopri8(), 10.0, jnp.ones(3), None, tight).ys
+    return exact(ODETerm(_lorenz), 0, 10, jnp.ones(3)).ys
 
 
 @pytest.mark.parametrize("substeps", (8, 16, 32, 64, 128))

@@ -33,7 +33,7 @@ def _deer(terms, solver, y0, args, windows, saveat, t0=t0, t1=t1):
     )
 
 
-def _compare(terms, solver, y0, args, *, substeps, windows=1, tol=1e-10, **kwargs):
+def _compare(solver, terms, y0, args, *, substeps, windows=1, tol=1e-10, **kwargs):
     ts = np.linspace(t0, t1, windows * substeps + 1)
     points = np.linspace(t0, t1, 37)
     deer = _deer(
@@ -58,37 +58,33 @@ def _compare(terms, solver, y0, args, *, substeps, windows=1, tol=1e-10, **kwarg
 @pytest.mark.parametrize("solver", explicit_solvers, ids=solver_id)
 @pytest.mark.parametrize("substeps,windows", ((16, 1), (5, 3)))
 def test_explicit(solver, substeps, windows):
-    _compare(*_with(solver, *problem()), substeps=substeps, windows=windows)
+    _compare(solver, *problem(), substeps=substeps, windows=windows)
 
 
 @pytest.mark.parametrize("solver", implicit_solvers, ids=solver_id)
 def test_implicit(solver):
-    _compare(*_with(solver, *problem()), substeps=12, windows=2)
+    _compare(solver, *problem(), substeps=12, windows=2)
 
 
 def test_semi_implicit_euler():
     terms, y0, args = split_problem()
-    _compare(terms, diffrax.SemiImplicitEuler(), y0, args, substeps=20, windows=2)
+    _compare(diffrax.SemiImplicitEuler(), terms, y0, args, substeps=20, windows=2)
 
 
 def test_imex():
     term, y0, args = problem()
     terms = diffrax.MultiTerm(term, ODETerm(lambda t, y, args: -2 * y))
     solver = diffrax.KenCarp3(root_finder=root_finder)
-    _compare(terms, solver, y0, args, substeps=8)
+    _compare(solver, terms, y0, args, substeps=8)
 
 
 def test_half_solver():
-    _compare(*_with(diffrax.HalfSolver(diffrax.Heun()), *problem()), substeps=8)
-
-
-def _with(solver, term, y0, args):
-    return term, solver, y0, args
+    _compare(diffrax.HalfSolver(diffrax.Heun()), *problem(), substeps=8)
 
 
 @pytest.mark.parametrize("substeps", (1, 2, 3, 200))
 def test_substeps(substeps):
-    _compare(*_with(diffrax.Heun(), *problem()), substeps=substeps)
+    _compare(diffrax.Heun(), *problem(), substeps=substeps)
 
 
 def test_one_substep_takes_one_iteration():
@@ -108,7 +104,7 @@ def test_one_substep_takes_one_iteration():
     ids=lambda kwargs: next(iter(kwargs)),
 )
 def test_choices_do_not_change_the_answer(kwargs):
-    _compare(*_with(diffrax.Tsit5(), *problem()), substeps=30, **kwargs)
+    _compare(diffrax.Tsit5(), *problem(), substeps=30, **kwargs)
 
 
 @pytest.mark.parametrize("solver", (diffrax.Tsit5(), diffrax.Euler()), ids=solver_id)

@@ -17,15 +17,13 @@ class AbstractMethod(eqx.Module):
     def linearise(
         self,
         step: OneStepMap,
-        y0: Float[Array, " size"],
         ys: Float[Array, "substeps size"],
     ) -> Float[Array, "substeps size size"]:
         r"""Approximate the Jacobians of all substeps.
 
         **Arguments:**
 
-        - `step`: the one-step map $\Phi_n$.
-        - `y0`: the flattened initial value of the window.
+        - `step`: the one-step map $\Phi_n$, which also knows the initial value $y_0$.
         - `ys`: the flattened values at the ends of the substeps, as far as known.
 
         **Returns:**

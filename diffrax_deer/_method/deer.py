@@ -111,7 +111,6 @@ class DEER(AbstractMethod):
     def linearise(
         self,
         step: OneStepMap,
-        y0: Float[Array, " size"],
         ys: Float[Array, "substeps size"],
     ) -> Float[Array, "substeps size size"]:
         if (
@@ -119,7 +118,7 @@ class DEER(AbstractMethod):
             or step.vector_field is None
             or step.exponential is None
         ):
-            return step.jacobian(jnp.concatenate([y0[None], ys[:-1]]))
+            return step.jacobian(step.starts(ys))
         J = step.vector_field_jacobian(ys)
         dt = jnp.diff(step.ts).astype(J.dtype)
         X = _magnus(J, dt[:, None, None])
