@@ -10,7 +10,6 @@ from diffrax import AbstractSolver, AbstractTerm
 from jaxtyping import Array, PyTree, Real
 
 from ._checks import check_one_step_solver, check_positive_int
-from ._interpolation import uniform_grid, WindowInterpolation
 from ._step import OneStepMap
 
 
@@ -96,24 +95,28 @@ class CoarseGuess(AbstractGuess):
             steps = min(max(substeps // 4, 1), 32)
         else:
             steps = min(self.steps, substeps)
-        coarse_ts = uniform_grid(ts[0], ts[-1], steps)
+        # Substeps of length zero, with which a window may be padded, do not count.
+        used = jnp.maximum(jnp.searchsorted(ts, ts[-1]), 1)
+        coarse_ts = ts[jnp.arange(steps + 1) * used // steps]
         coarse_solver = solver if self.solver is None else self.solver
-        coarse_step = OneStepMap(coarse_solver, terms, coarse_ts, y0, args)
+        step = OneStepMap(coarse_solver, terms, y0, args)
 
         def body(y, t0__t1):
-            out = coarse_step.substep(*t0__t1, y)
+            out = step.substep(*t0__t1, y)
             return out.y1, out.dense_info
 
         _, dense_infos = lax.scan(body, y0, (coarse_ts[:-1], coarse_ts[1:]))
-        interpolation = WindowInterpolation(
-            t0=ts[0],
-            t1=ts[-1],
-            dense_infos=dense_infos,
-            substeps=steps,
-            interpolation_cls=coarse_solver.interpolation_cls,
-        )
-        coarse = jax.vmap(interpolation.evaluate)(ts[1:])
-        vector_field = coarse_step.vector_field
+
+        def interpolate(n, t):
+            # The large step that the `n`-th substep is a part of.
+            i = jnp.minimum(-(n * steps // -used), steps) - 1
+            dense_info = jtu.tree_map(lambda x: x[i], dense_infos)
+            return coarse_solver.interpolation_cls(
+                t0=coarse_ts[i], t1=coarse_ts[i + 1], **dense_info
+            ).evaluate(t)
+
+        coarse = jax.vmap(interpolate)(jnp.arange(1, substeps + 1), ts[1:])
+        vector_field = step.vector_field
         if vector_field is None:
             return coarse
 
@@ -121,8 +124,8 @@ class CoarseGuess(AbstractGuess):
         constant = ConstantGuess()(solver, terms, ts, y0, args)
 
         def defect(ys):
-            ys = jax.vmap(coarse_step.ravel, axis_size=substeps)(ys)
-            ys = jnp.concatenate([coarse_step.y0[None], ys])
+            ys = jax.vmap(step.ravel, axis_size=substeps)(ys)
+            ys = jnp.concatenate([step.ravel(y0)[None], ys])
             fs = jax.vmap(vector_field)(ts, ys)
             trapezoid = 0.5 * jnp.diff(ts)[:, None] * (fs[1:] + fs[:-1])
             size = jnp.max(jnp.abs(jnp.diff(ys, axis=0) - trapezoid), initial=0)

@@ -9,9 +9,10 @@ from diffrax import RESULTS
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._custom_types import RealScalarLike
+from ._implicit import implicit_trajectory, without_gradient
 from ._method import AbstractMethod
 from ._scan import AbstractScan
-from ._step import OneStepMap
+from ._step import Window
 
 
 # What the rounding errors made in one substep amount to, in units of its values'
@@ -44,7 +45,7 @@ class _State(eqx.Module):
 
 
 def joint_solve(
-    step: OneStepMap,
+    window: Window,
     guess: Callable[[], Float[Array, "substeps size"]],
     *,
     method: AbstractMethod,
@@ -56,78 +57,33 @@ def joint_solve(
 ) -> JointSolution:
     r"""Solves $y_{n+1} = \Phi_n(y_n)$ for all $n$ jointly.
 
-    `ys` can be differentiated with respect to `step.y0` and all that `step` closes
+    `ys` can be differentiated with respect to `window.y0` and all that `window` closes
     over, in forward and in reverse mode and more than once. Its derivative is that of
     the equation solved: it depends neither on the guess nor on the method.
 
-    If the result is not successful, then `ys` is `step.y0` throughout.
+    If the result is not successful, then `ys` is `window.y0` throughout.
     """
-    solution = _without_gradient(
-        lambda: _iterate(step, guess(), method, scan, rtol, atol, norm, max_iters)
+    solution = without_gradient(
+        lambda: _iterate(window, guess(), method, scan, rtol, atol, norm, max_iters)
     )
     okay = solution.result == RESULTS.successful
     # A window that failed is masked out by the step size controller, at the end. That
     # is not enough, as the zero cotangents that it gets would still be multiplied with
     # derivatives that may have overflowed.
-    ys = jnp.where(okay, solution.ys, lax.stop_gradient(step.y0))
+    ys = jnp.where(okay, solution.ys, lax.stop_gradient(window.y0))
 
-    def residual(ys):
-        return ys - jnp.where(okay, step(step.starts(ys)), lax.stop_gradient(ys))
+    def step(t0, t1, y0):
+        return jnp.where(okay, window.step(t0, t1, y0), lax.stop_gradient(y0))
 
-    residual = eqx.filter_closure_convert(residual, ys)
-    ys = _implicit_function(ys, residual, scan)
-    return eqx.tree_at(lambda s: s.ys, solution, ys)
-
-
-# This could be `jax.lax.custom_root`, which however traces the derivatives also if they
-# are not needed.
-@eqx.filter_custom_jvp
-def _implicit_function(ys, residual, scan):
-    """The `ys` at which `residual(ys) == 0`, as a function of what is in `residual`."""
-    del residual, scan
-    return ys
-
-
-@_implicit_function.def_jvp
-def _implicit_function_jvp(primals, tangents):
-    ys, residual, scan = primals
-    _, t_residual, _ = tangents
-    # For higher derivatives: the rule below also depends on the solution.
-    ys = _implicit_function(ys, residual, scan)
-    _, b = eqx.filter_jvp(lambda fn: fn(ys), (residual,), (t_residual,))
-    _, residual_jvp = jax.linearize(residual, ys)
-
-    # `residual_jvp(x)[n] = x[n] - A[n] @ x[n - 1]`, which can be taken apart by moving
-    # all substeps along the same unit vector.
-    def column(unit):
-        x = jnp.broadcast_to(unit, ys.shape)
-        return x - residual_jvp(x)
-
-    A = jax.vmap(column, out_axes=-1)(jnp.eye(ys.shape[-1], dtype=ys.dtype))
-    A_T = jnp.swapaxes(A, -1, -2)
-    A_T = jnp.concatenate([A_T[1:], jnp.zeros_like(A_T[:1])])
-
-    def matvec(x):
-        previous = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
-        return x - jnp.sum(A * previous[:, None, :], axis=-1)
-
-    # Not just `scan(A, -b)`, as thus every derivative of this, too, is a recurrence,
-    # rather than the derivative of whatever operations the scan is made of.
-    t_ys = lax.custom_linear_solve(
-        matvec,
-        -b,
-        solve=lambda _, b: scan(A, b),
-        transpose_solve=lambda _, b: scan(A_T, b, reverse=True),
+    t0s, t1s = window.ts[:-1], window.ts[1:]
+    step = eqx.filter_closure_convert(step, t0s[0], t1s[0], window.y0)
+    ys = implicit_trajectory(
+        *(ys, step, t0s, t1s, window.y0),
+        scan=scan,
+        chunk_size=ys.shape[0],
+        num_chunks=1,
     )
-    return ys, t_ys
-
-
-def _without_gradient(fn):
-    # Hoist everything that `fn` closes over, and stop the gradient there. Otherwise JAX
-    # would differentiate the operations of the iteration, or complain that it cannot.
-    fn = eqx.filter_closure_convert(fn)
-    dynamic, static = eqx.partition(fn, eqx.is_array)
-    return eqx.combine(lax.stop_gradient(dynamic), static)()
+    return eqx.tree_at(lambda s: s.ys, solution, ys)
 
 
 def _tolerance(rtol, atol, eps, scale):
@@ -140,7 +96,7 @@ def _tolerance(rtol, atol, eps, scale):
     return atol + rtol * scale
 
 
-def _iterate(step, guess, method, scan, rtol, atol, norm, max_iters):
+def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
     substeps, size = guess.shape
 
     def cond_fun(state):
@@ -150,9 +106,9 @@ def _iterate(step, guess, method, scan, rtol, atol, norm, max_iters):
 
     def body_fun(state):
         ys = state.ys
-        starts = step.starts(ys)
-        stepped_ys = step(starts)
-        A = method.linearise(step, ys)
+        starts = window.starts(ys)
+        stepped_ys = window.ends(starts)
+        A = method.linearise(window, ys)
 
         # Far from the solution, vector fields may overflow or leave their domain. Such
         # substeps are left as they are, and wait for better values to arrive.
@@ -169,7 +125,7 @@ def _iterate(step, guess, method, scan, rtol, atol, norm, max_iters):
 
         delta = new_ys - ys
         scale = jnp.maximum(jnp.abs(ys), jnp.abs(new_ys))
-        change = norm(delta / _tolerance(rtol, atol, step.eps, scale))
+        change = norm(delta / _tolerance(rtol, atol, window.step.eps, scale))
         change = jnp.asarray(change, state.change.dtype)
         # The distance to the solution that is left, if the changes go on shrinking at
         # this rate. It takes two iterations to know the rate. That is well spent: the
@@ -186,7 +142,7 @@ def _iterate(step, guess, method, scan, rtol, atol, norm, max_iters):
         # than them: a large `A` must not excuse large residuals far from the solution.)
         weights = jnp.minimum(jnp.abs(A), 1)
         size = jnp.abs(ys) + jnp.sum(weights * jnp.abs(starts)[:, None, :], axis=-1)
-        rounding_error = _ROUNDING * step.eps * size
+        rounding_error = _ROUNDING * window.step.eps * size
         stagnates = (
             jnp.all(jnp.abs(r) <= rounding_error)
             & (rate >= 0.5)

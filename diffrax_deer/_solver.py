@@ -29,7 +29,7 @@ from ._interpolation import uniform_grid, WindowInterpolationFactory
 from ._joint import joint_solve
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
-from ._step import OneStepMap
+from ._step import OneStepMap, Window
 
 
 class DeerState(eqx.Module):
@@ -208,32 +208,46 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         check_state(y0, "y0")
         self._check_solver_state(solver_state, y0)
         ts = uniform_grid(t0, t1, self.substeps)
-        step = OneStepMap(self.solver, terms, ts, y0, args)
+        return self.solve_window(terms, ts, y0, args, solver_state)
+
+    def solve_window(
+        self,
+        terms: PyTree[AbstractTerm],
+        ts: Real[Array, " substeps_plus_1"],
+        y0: Y,
+        args: Args,
+        solver_state: DeerState | None,
+    ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
+        """As `step`, but on any grid, which also may have any number of substeps."""
+        step = OneStepMap(self.solver, terms, y0, args)
+        window = Window(step, ts, step.ravel(y0))
+
+        def cold():
+            return self.guess(self.solver, terms, ts, y0, args)
 
         def guess():
-            same_window = (solver_state.t0 == t0) & (solver_state.t1 == t1)
-            ys = lax.cond(
-                same_window,
-                lambda: solver_state.ys,
-                lambda: self.guess(self.solver, terms, ts, y0, args),
-            )
-            ys = step.ravel_all(ys)
+            if solver_state is None:
+                ys = cold()
+            else:
+                same_window = (solver_state.t0 == ts[0]) & (solver_state.t1 == ts[-1])
+                ys = lax.cond(same_window, lambda: solver_state.ys, cold)
+            ys = window.ravel_all(ys)
             finite = jnp.isfinite(ys).all(axis=-1, keepdims=True)
-            return jnp.where(finite, ys, step.y0[None])
+            return jnp.where(finite, ys, window.y0[None])
 
         solution = joint_solve(
-            step,
+            window,
             guess,
             method=self.method,
             scan=self.scan,
             rtol=self.rtol,
             atol=self.atol,
             norm=self.norm,
-            max_iters=self.substeps if self.max_iters is None else self.max_iters,
+            max_iters=ts.shape[0] - 1 if self.max_iters is None else self.max_iters,
         )
         ys = solution.ys
-        starts = step.starts(ys)
-        substeps = step.substeps(starts)
+        starts = window.starts(ys)
+        substeps = window.substeps(starts)
 
         # An implicit solver may also have failed on one of the substeps.
         failed = substeps.result != RESULTS.successful
@@ -244,11 +258,11 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
         # Step size controllers divide the error by the solution, which so has to be
         # finite also when the error is not.
-        y1 = step.unravel(jnp.where(okay, ys[-1], step.y0))
+        y1 = step.unravel(jnp.where(okay, ys[-1], window.y0))
         if substeps.y_error is None:
             y_error = None
         else:
-            errors = step.ravel_all(substeps.y_error)
+            errors = window.ravel_all(substeps.y_error)
             y_error = self._window_error(errors, starts, ys, solution.A)
             y_error = lax.stop_gradient(y_error)
             y_error = step.unravel(jnp.where(okay, y_error, jnp.inf))
@@ -256,7 +270,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         new_solver_state = DeerState(
             t0=ts[0],
             t1=ts[-1],
-            ys=lax.stop_gradient(step.unravel_all(ys)),
+            ys=lax.stop_gradient(window.unravel_all(ys)),
             num_iterations=solution.num_iterations,
         )
         return y1, y_error, dense_info, new_solver_state, result

@@ -32,16 +32,11 @@ class Substep(eqx.Module):
 
 
 class OneStepMap(eqx.Module):
-    r"""The wrapped solver, as a map from the values at the start of every substep of a
-    window to the values at their ends. The substeps are independent of each other: they
-    are all made at once.
+    r"""The wrapped solver, as a map $(t_0, t_1, y_0) \mapsto y_1$.
 
     Vectors are the flattened state of the differential equation.
     """
 
-    ts: Real[Array, " substeps_plus_1"]
-    # The value at the start of the window.
-    y0: Float[Array, " size"]
     # `(t0, t1, y0) -> Substep`
     substep: Callable[..., Substep]
     # `(t, vector) -> vector`, if this is an ordinary differential equation
@@ -57,11 +52,10 @@ class OneStepMap(eqx.Module):
         self,
         solver: AbstractSolver,
         terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps_plus_1"],
         y0: PyTree[Array],
         args: PyTree[Any],
     ):
-        self.ts = ts
+        """`y0` is only used for its structure, shapes and dtypes."""
         if _is_explicit_runge_kutta(solver):
             tableau = solver.tableau  # pyright: ignore[reportAttributeAccessIssue]
             substep = _explicit_runge_kutta(tableau, terms, args)
@@ -73,23 +67,51 @@ class OneStepMap(eqx.Module):
         # `jit` not for speed of execution but of tracing. The same substep occurs in
         # the residual, in its linearisations, in the output...
         self.substep = jax.jit(substep)
-        self.y0, self.unravel = ravel_pytree(y0)
+        _, self.unravel = ravel_pytree(y0)
         self.vector_field = (
             jax.jit(_vector_field(terms, args, self.unravel)) if is_ode(terms) else None
         )
         leaves = jtu.tree_leaves(y0)
         self.eps = max((float(jnp.finfo(y.dtype).eps) for y in leaves), default=0.0)
 
+    def __call__(
+        self, t0: Real[Array, ""], t1: Real[Array, ""], y0: Float[Array, " size"]
+    ) -> Float[Array, " size"]:
+        return self.ravel(self.substep(t0, t1, self.unravel(y0)).y1)
+
     def ravel(self, y: PyTree[Array]) -> Float[Array, " size"]:
         return ravel_pytree(y)[0]
+
+    def substeps(
+        self,
+        t0s: Real[Array, " substeps"],
+        t1s: Real[Array, " substeps"],
+        starts: Float[Array, "substeps size"],
+    ) -> Substep:
+        """Many independent substeps, all at once: with a leading axis `substeps`."""
+
+        def one(t0, t1, y0):
+            return self.substep(t0, t1, self.unravel(y0))
+
+        return jax.vmap(one)(t0s, t1s, starts)
+
+
+class Window(eqx.Module):
+    """The substeps that are solved jointly."""
+
+    step: OneStepMap
+    # The times at which the substeps begin and end.
+    ts: Real[Array, " substeps_plus_1"]
+    # The value at the start of the window.
+    y0: Float[Array, " size"]
 
     # The size of the axis has to be given for the sake of states without any leaf.
 
     def ravel_all(self, ys: PyTree[Array]) -> Float[Array, "substeps size"]:
-        return jax.vmap(self.ravel, axis_size=self.ts.size - 1)(ys)
+        return jax.vmap(self.step.ravel, axis_size=self.ts.size - 1)(ys)
 
     def unravel_all(self, ys: Float[Array, "substeps size"]) -> PyTree[Array]:
-        return jax.vmap(self.unravel)(ys)
+        return jax.vmap(self.step.unravel)(ys)
 
     def starts(
         self, ys: Float[Array, "substeps size"]
@@ -97,35 +119,30 @@ class OneStepMap(eqx.Module):
         """The values at the start of every substep, from those at their ends."""
         return jnp.concatenate([self.y0[None], ys[:-1]])
 
-    def substeps(self, ys: Float[Array, "substeps size"]) -> Substep:
+    def substeps(self, starts: Float[Array, "substeps size"]) -> Substep:
         """The full output of each substep, with a leading axis `substeps`."""
+        return self.step.substeps(self.ts[:-1], self.ts[1:], starts)
 
-        def one(t0, t1, y):
-            return self.substep(t0, t1, self.unravel(y))
-
-        return jax.vmap(one)(self.ts[:-1], self.ts[1:], ys)
-
-    def __call__(
-        self, ys: Float[Array, "substeps size"]
+    def ends(
+        self, starts: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size"]:
-        return self.ravel_all(self.substeps(ys).y1)
+        """The values that the substeps lead to."""
+        return jax.vmap(self.step)(self.ts[:-1], self.ts[1:], starts)
 
     def jacobian(
-        self, ys: Float[Array, "substeps size"]
+        self, starts: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size size"]:
         """The exact Jacobian of every substep."""
-
-        def one(t0, t1, y):
-            return self.ravel(self.substep(t0, t1, self.unravel(y)).y1)
-
-        return jax.vmap(jax.jacfwd(one, argnums=2))(self.ts[:-1], self.ts[1:], ys)
+        jacobian = jax.jacfwd(self.step, argnums=2)
+        return jax.vmap(jacobian)(self.ts[:-1], self.ts[1:], starts)
 
     def vector_field_jacobian(
         self, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size size"]:
         """The Jacobian of the vector field at the end of every substep."""
-        assert self.vector_field is not None
-        return jax.vmap(jax.jacfwd(self.vector_field, argnums=1))(self.ts[1:], ys)
+        assert self.step.vector_field is not None
+        jacobian = jax.jacfwd(self.step.vector_field, argnums=1)
+        return jax.vmap(jacobian)(self.ts[1:], ys)
 
 
 def is_ode(terms: PyTree[AbstractTerm]) -> bool:

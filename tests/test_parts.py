@@ -16,7 +16,7 @@ from diffrax_deer import (
 )
 from diffrax_deer._interpolation import uniform_grid
 from diffrax_deer._method.deer import matrix_exponential, matrix_polynomial
-from diffrax_deer._step import is_ode, OneStepMap
+from diffrax_deer._step import is_ode, OneStepMap, Window
 
 from .helpers import explicit_solvers, max_error, problem, solver_id
 
@@ -95,10 +95,10 @@ def test_linearisation(jacobian, solver):
     term = ODETerm(lambda t, y, args: J @ y)
     ts = jnp.linspace(0, 2, 6)
     y0 = jnp.array([1.0, 2.0])
-    step = OneStepMap(solver, term, ts, y0, None)
+    window = Window(OneStepMap(solver, term, y0, None), ts, y0)
     ys = jnp.ones((5, 2))
-    A = DEER(jacobian).linearise(step, ys)
-    exact = step.jacobian(ys)
+    A = DEER(jacobian).linearise(window, ys)
+    exact = window.jacobian(ys)
     assert max_error(A[1:], exact[1:]) < 1e-12
 
 
@@ -113,7 +113,7 @@ def test_matrix_exponential_of_stiff_matrices():
 def test_fast_path(solver):
     # To the last bits of Diffrax's own step.
     term, y0, args = problem()
-    step = OneStepMap(solver, term, jnp.array([0.3, 0.4]), y0, args)
+    step = OneStepMap(solver, term, y0, args)
     ours = step.substep(jnp.array(0.3), jnp.array(0.4), y0)
     state = solver.init(term, 0.3, 0.4, y0, args)
     y1, y_error, dense_info, _, _ = solver.step(term, 0.3, 0.4, y0, args, state, False)

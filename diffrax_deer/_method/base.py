@@ -3,7 +3,7 @@ import abc
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from .._step import OneStepMap
+from .._step import Window
 
 
 class AbstractMethod(eqx.Module):
@@ -16,14 +16,14 @@ class AbstractMethod(eqx.Module):
     @abc.abstractmethod
     def linearise(
         self,
-        step: OneStepMap,
+        window: Window,
         ys: Float[Array, "substeps size"],
     ) -> Float[Array, "substeps size size"]:
         r"""Approximate the Jacobians of all substeps.
 
         **Arguments:**
 
-        - `step`: the one-step map $\Phi_n$, which also knows the initial value $y_0$.
+        - `window`: the substeps, each a one-step map $\Phi_n$, and the initial value $y_0$.
         - `ys`: the flattened values at the ends of the substeps, as far as known.
 
         **Returns:**

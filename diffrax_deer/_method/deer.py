@@ -7,7 +7,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._step import OneStepMap
+from .._step import Window
 from .base import AbstractMethod
 
 
@@ -49,17 +49,25 @@ def _magnus(
     # order would take, as the neighbouring substeps are at hand. That of the first
     # substep is not used, so that no `J` is needed at the start of the window. (Blanes,
     # Casas, Oteo & Ros, The Magnus expansion and some of its applications, 2009.)
-    before = 2 * J[:1] - J[1:2]
-    after = 2 * J[-1:] - J[-2:-1]
-    J0 = J[:-1]
-    J1 = J[1:]
-    J_before = jnp.concatenate([before, J[:-2]])
-    J_after = jnp.concatenate([J[2:], after])
-    integral = (13 * (J0 + J1) - (J_before + J_after)) / 24
-    commutator = (_matmul(J1, J0) - _matmul(J0, J1)) / 12
+    none = jnp.zeros_like(J[:1])
+    if J.shape[0] == 1:
+        return none
     dt = dt[1:]
+    before, after = J[:-1], J[1:]
+    slope = _divide(after - before, dt)
+    # The second derivative, from each pair of neighbouring substeps.
+    curvature = _divide(2 * jnp.diff(slope, axis=0), dt[:-1] + dt[1:])
+    curvature = jnp.where((dt[:-1] == 0) | (dt[1:] == 0), 0, curvature)
+    curvature = jnp.concatenate([none, curvature]) + jnp.concatenate([curvature, none])
+    integral = (before + after) / 2 - dt**2 * curvature / 24
+    commutator = (_matmul(after, before) - _matmul(before, after)) / 12
     log = dt * (integral + dt * commutator)
-    return jnp.concatenate([jnp.zeros_like(J[:1]), log])
+    return jnp.concatenate([none, log])
+
+
+def _divide(x, dt):
+    # A window may be padded with substeps of length zero.
+    return jnp.where(dt == 0, 0, x / jnp.where(dt == 0, 1, dt))
 
 
 def matrix_polynomial(
@@ -110,18 +118,18 @@ class DEER(AbstractMethod):
 
     def linearise(
         self,
-        step: OneStepMap,
+        window: Window,
         ys: Float[Array, "substeps size"],
     ) -> Float[Array, "substeps size size"]:
+        step = window.step
         if (
             self.jacobian == "exact"
             or step.vector_field is None
             or step.exponential is None
         ):
-            return step.jacobian(step.starts(ys))
-        J = step.vector_field_jacobian(ys)
-        dt = jnp.diff(step.ts).astype(J.dtype)
-        X = _magnus(J, dt[:, None, None])
+            return window.jacobian(window.starts(ys))
+        J = window.vector_field_jacobian(ys)
+        X = _magnus(J, jnp.diff(window.ts).astype(J.dtype)[:, None, None])
         if step.exponential == "exact":
             return matrix_exponential(X)
         else:
