@@ -1,3 +1,4 @@
+from ._adjoint import DeerAdjoint as DeerAdjoint
 from ._guess import (
     AbstractGuess as AbstractGuess,
     CoarseGuess as CoarseGuess,

@@ -23,7 +23,8 @@ class AbstractMethod(eqx.Module):
 
         **Arguments:**
 
-        - `window`: the substeps, each a one-step map $\Phi_n$, and the initial value $y_0$.
+        - `window`: the substeps, each a one-step map $\Phi_n$, and the initial value
+            $y_0$.
         - `ys`: the flattened values at the ends of the substeps, as far as known.
 
         **Returns:**

@@ -1,0 +1,409 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import (
+    AbstractAdjoint,
+    AbstractLocalInterpolation,
+    AbstractStepSizeController,
+    ClipStepSizeController,
+    RESULTS,
+    StepTo,
+    SubSaveAt,
+    UnsafeBrownianPath,
+)
+from jaxtyping import Array, Float, Int, Real
+
+from ._checks import check_one_step_solver, check_positive_int, check_state
+from ._event import call_event, event_time
+from ._implicit import implicit_trajectory, without_gradient
+from ._interpolation import uniform_grid
+from ._known_steps import advance, are_known, known_times, move_with
+from ._record import MergedWindows, record, Recording, StepWindows
+from ._save import save
+from ._scan import AbstractScan, AutoScan
+from ._solver import DeerSolver, DeerState
+from ._step import OneStepMap
+from ._trajectory import Trajectory
+
+
+# By default, keep trajectories of up to this many bytes, or if that is more, of up to
+# this many substeps.
+_MAX_BYTES = 2**22
+_MIN_SUBSTEPS = 2**12
+# By default, merge up to this many substeps, but keep their Jacobians below this many
+# bytes.
+_MAX_MERGED = 2**14
+_MAX_JACOBIAN_BYTES = 2**26
+# By default, backpropagate jointly through this many steps of a sequential solver.
+_SEQUENTIAL_CHUNK = 64
+
+
+class _Layout(eqx.Module):
+    """How much memory there is for what."""
+
+    # Of Diffrax's solver.
+    substeps_per_step: int
+    # Of Diffrax's loop.
+    steps_per_window: int
+    max_windows: int
+    # The number of substeps to backpropagate through jointly.
+    chunk_size: int
+
+    @property
+    def max_steps(self) -> int:
+        return self.max_windows * self.steps_per_window
+
+    @property
+    def window_size(self) -> int:
+        return self.steps_per_window * self.substeps_per_step
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.max_steps * self.substeps_per_step // self.chunk_size)
+
+
+class DeerAdjoint(AbstractAdjoint):
+    max_windows: int | None = eqx.field(default=None, static=True)
+    max_window_points: int | None = eqx.field(default=None, static=True)
+
+    def __check_init__(self):
+        if self.max_windows is not None:
+            check_positive_int(self.max_windows, "DeerAdjoint(max_windows=...)")
+        if self.max_window_points is not None:
+            check_positive_int(
+                self.max_window_points, "DeerAdjoint(max_window_points=...)"
+            )
+
+    def loop(
+        self,
+        *,
+        args,
+        terms,
+        solver,
+        stepsize_controller,
+        event,
+        saveat,
+        t0,
+        t1,
+        dt0,
+        max_steps,
+        throw,
+        init_state,
+        passed_solver_state,
+        passed_controller_state,
+        progress_meter,
+    ) -> Any:
+        # These are caches and guesses, and not differentiable.
+        del passed_solver_state, passed_controller_state
+        _check(solver, terms, init_state.y)
+        one_step_solver = solver.solver if type(solver) is DeerSolver else solver
+        step = OneStepMap(one_step_solver, terms, init_state.y, args)
+        y0 = step.ravel(init_state.y)
+        layout = self._layout(solver, stepsize_controller, event, max_steps, y0)
+        if are_known(stepsize_controller):
+            known_ts = known_times(
+                stepsize_controller,
+                init_state.controller_state,
+                t0,
+                init_state.tnext,
+                t1,
+                dt0,
+                num_steps=min(max_steps or layout.max_steps, layout.max_steps),
+                size=layout.max_steps,
+            )
+        else:
+            known_ts = None
+        if layout.steps_per_window == 1:
+            windows = StepWindows(solver)
+        else:
+            assert known_ts is not None
+            windows = MergedWindows(solver, known_ts, layout.steps_per_window)
+        call = call_event(
+            args,
+            dict(
+                terms=terms,
+                solver=solver,
+                t0=t0,
+                t1=t1,
+                dt0=dt0,
+                saveat=saveat,
+                stepsize_controller=stepsize_controller,
+                max_steps=max_steps,
+            ),
+        )
+
+        # First find the solution, without any derivatives...
+        recording = without_gradient(
+            lambda: record(
+                self._loop,
+                windows,
+                stepsize_controller,
+                event,
+                call,
+                layout.max_windows,
+                max_steps,
+                init_state,
+                terms=terms,
+                args=args,
+                t0=t0,
+                t1=t1,
+                dt0=dt0,
+                progress_meter=progress_meter,
+            )
+        )
+        if throw:
+            recording = _error_if_full(recording, layout)
+
+        # ...and then whatever follows from it. Nothing is decided a second time.
+        if known_ts is None:
+            anchors = [t0, t1, *_stepped_to(stepsize_controller)]
+            step_t0s = move_with(recording.t0s, anchors)
+            step_t1s = move_with(recording.t1s, anchors)
+            num_steps = recording.num_windows
+        else:
+            step_t0s, step_t1s = known_ts[:-1], known_ts[1:]
+            num_steps = recording.num_windows * layout.steps_per_window
+            made = jnp.arange(layout.max_steps) < num_steps
+            num_steps = jnp.sum(made & (step_t0s < step_t1s))
+        last_window = recording.num_windows - 1
+        event_substep = last_window * layout.window_size + recording.event_substep
+        result = recording.final_state.result
+        had_event = (result == RESULTS.event_occurred) & (num_steps > 0)
+        event_step = event_substep // layout.substeps_per_step
+        num_steps = jnp.where(had_event, event_step + 1, num_steps)
+
+        trajectory = _trajectory(
+            step,
+            one_step_solver.interpolation_cls,
+            layout,
+            t0,
+            y0,
+            step_t0s,
+            step_t1s,
+            recording.ys.reshape(-1, y0.size),
+            num_steps,
+            solver.scan if type(solver) is DeerSolver else AutoScan(),
+        )
+        if event is None:
+            tfinal, yfinal = trajectory.t1, trajectory.y1
+        else:
+            tfinal, yfinal, event_result = lax.cond(
+                had_event,
+                lambda: _at_event(
+                    event, call, recording.event_mask, trajectory, event_substep
+                ),
+                lambda: (trajectory.t1, trajectory.y1, RESULTS.successful),
+            )
+            okay = event_result == RESULTS.successful
+            result = RESULTS.where(okay, result, event_result)
+
+        def save_all(subsaveat, save_state):
+            return save(
+                subsaveat,
+                save_state,
+                trajectory,
+                tfinal,
+                yfinal,
+                num_steps,
+                layout.substeps_per_step,
+                args,
+            )
+
+        final_state = dataclasses.replace(
+            recording.final_state,
+            y=yfinal,
+            result=result,
+            save_state=jtu.tree_map(
+                save_all,
+                saveat.subs,
+                init_state.save_state,
+                is_leaf=lambda x: isinstance(x, SubSaveAt),
+            ),
+            solver_state=recording.solver_state,
+            controller_state=recording.controller_state,
+            event_mask=None if event is None else recording.event_mask,
+        )
+        if isinstance(windows, MergedWindows):
+            final_state = _as_if_not_merged(
+                final_state, init_state, stepsize_controller, windows, num_steps
+            )
+        if saveat.dense:
+            final_state = _dense(
+                final_state, trajectory, type(solver) is DeerSolver, layout, num_steps
+            )
+        stats = dict(
+            num_iterations=recording.num_iterations,
+            max_window_iterations=recording.max_window_iterations,
+        )
+        return final_state, stats
+
+    def _layout(self, solver, controller, event, max_steps, y0) -> _Layout:
+        is_deer = type(solver) is DeerSolver
+        substeps = solver.substeps if is_deer else 1
+        if type(controller) is StepTo:
+            max_steps = min(max_steps or len(controller.ts), len(controller.ts) - 1)
+        bytes_per_substep = max(y0.size * y0.dtype.itemsize, 1)
+
+        steps_per_window = 1
+        if is_deer and are_known(controller):
+            if self.max_window_points is not None:
+                points = self.max_window_points
+            elif substeps == 1 and event is None:
+                bytes_per_jacobian = max(y0.size, 1) * bytes_per_substep
+                points = min(_MAX_MERGED, _MAX_JACOBIAN_BYTES // bytes_per_jacobian)
+            else:
+                # The user has chosen a window. Nor should much be solved in vain after
+                # an event.
+                points = substeps
+            steps_per_window = max(points // substeps, 1)
+            if max_steps is not None:
+                steps_per_window = min(steps_per_window, max_steps)
+
+        window_size = steps_per_window * substeps
+        if self.max_windows is None:
+            max_substeps = max(_MAX_BYTES // bytes_per_substep, _MIN_SUBSTEPS)
+            max_windows = max(max_substeps // window_size, 1)
+        else:
+            max_windows = self.max_windows
+        if max_steps is not None:
+            max_windows = min(max_windows, -(-max_steps // steps_per_window))
+
+        if is_deer:
+            chunk_size = window_size
+        else:
+            chunk_size = min(self.max_window_points or _SEQUENTIAL_CHUNK, max_windows)
+        return _Layout(substeps, steps_per_window, max_windows, chunk_size)
+
+
+def _check(solver, terms, y0):
+    check_one_step_solver(solver, "diffeqsolve(..., solver=..., adjoint=DeerAdjoint())")
+    check_state(y0, "y0")
+    is_unsafe = lambda x: isinstance(x, UnsafeBrownianPath)
+    if any(map(is_unsafe, jtu.tree_leaves(terms, is_leaf=is_unsafe))):
+        raise ValueError(
+            "`adjoint=DeerAdjoint()` does not support `UnsafeBrownianPath`, which "
+            "cannot be evaluated a second time. Use `VirtualBrownianTree` instead."
+        )
+
+
+def _error_if_full(recording: Recording, layout: _Layout) -> Recording:
+    return eqx.error_if(
+        recording,
+        recording.full,
+        f"`DeerAdjoint` has only got memory for {layout.max_windows} windows of "
+        f"{layout.window_size} grid points each, and more are needed. Pass a larger "
+        "`DeerAdjoint(max_windows=...)`.",
+    )
+
+
+def _stepped_to(controller: AbstractStepSizeController) -> list[Array]:
+    # The times that steps are made to end at, which so may be differentiated.
+    if isinstance(controller, ClipStepSizeController):
+        ts = [controller.step_ts, controller.jump_ts]
+        ts = [x for x in ts if x is not None]
+        return [*ts, *_stepped_to(controller.controller)]
+    else:
+        return []
+
+
+def _trajectory(
+    step: OneStepMap,
+    interpolation_cls: Callable[..., AbstractLocalInterpolation],
+    layout: _Layout,
+    t0: Real[Array, ""],
+    y0: Float[Array, " size"],
+    step_t0s: Real[Array, " steps"],
+    step_t1s: Real[Array, " steps"],
+    ys: Float[Array, "substeps size"],
+    num_steps: Int[Array, ""],
+    scan: AbstractScan,
+) -> Trajectory:
+    # What is not used has length zero, and is finite.
+    last = jnp.maximum(num_steps, 1) - 1
+    is_used = jnp.arange(layout.max_steps) < num_steps
+    t1 = jnp.where(num_steps == 0, t0, step_t1s[last])
+    step_t0s = jnp.where(is_used, step_t0s, t1)
+    step_t1s = jnp.where(is_used, step_t1s, t1)
+    ts = jax.vmap(lambda t0, t1: uniform_grid(t0, t1, layout.substeps_per_step))(
+        step_t0s, step_t1s
+    )
+    t0s, t1s = ts[:, :-1].reshape(-1), ts[:, 1:].reshape(-1)
+    num_substeps = num_steps * layout.substeps_per_step
+    last = jnp.maximum(num_substeps, 1) - 1
+    y1 = jnp.where(num_substeps == 0, y0, ys[last])
+    is_used = jnp.arange(len(ys)) < num_substeps
+    ys = jnp.where(is_used[:, None], ys, lax.stop_gradient(y1))
+
+    def pad(x):
+        size = layout.num_chunks * layout.chunk_size
+        return jnp.concatenate([x, jnp.repeat(x[-1:], size - len(x), axis=0)])
+
+    t0s, t1s, ys = pad(t0s), pad(t1s), pad(ys)
+    # The last one may be in use.
+    t0s = t0s.at[len(ts) * layout.substeps_per_step :].set(t1)
+    ys = implicit_trajectory(
+        *(ys, eqx.filter_closure_convert(step, t0s[0], t1s[0], y0), t0s, t1s, y0),
+        scan=scan,
+        chunk_size=layout.chunk_size,
+        num_chunks=-(-num_substeps // layout.chunk_size),
+    )
+    return Trajectory(step, interpolation_cls, t0s, t1s, y0, ys, num_substeps)
+
+
+def _at_event(event, call, mask, trajectory, substep):
+    interpolation = trajectory.interpolation(substep)
+    t0, t1 = trajectory.t0s[substep], trajectory.t1s[substep]
+    t, result = event_time(event, call, mask, t0, t1, interpolation)
+    return t, interpolation.evaluate(t), result
+
+
+def _as_if_not_merged(final_state, init_state, controller, windows, num_steps):
+    substeps = windows.solver.substeps
+    last = jnp.maximum(num_steps, 1) - 1
+
+    def last_step(ys):
+        index = (last % windows.steps) * substeps
+        return lax.dynamic_slice_in_dim(ys, index, substeps)
+
+    window_state = final_state.solver_state
+    solver_state = DeerState(
+        t0=windows.ts[last],
+        t1=windows.ts[last + 1],
+        ys=jtu.tree_map(last_step, window_state.ys),
+        num_iterations=window_state.num_iterations,
+    )
+    solver_state = jtu.tree_map(
+        lambda x, y: lax.stop_gradient(jnp.where(num_steps == 0, x, y)),
+        init_state.solver_state,
+        solver_state,
+    )
+    controller_state = advance(controller, init_state.controller_state, num_steps)
+    return dataclasses.replace(
+        final_state,
+        solver_state=solver_state,
+        controller_state=lax.stop_gradient(controller_state),
+        num_steps=num_steps,
+        num_accepted_steps=num_steps,
+    )
+
+
+def _dense(final_state, trajectory, is_deer, layout, num_steps):
+    substeps = layout.substeps_per_step
+    starts = trajectory.t0s[::substeps]
+    ts = jnp.append(starts, trajectory.t1)
+    index = jnp.arange(len(ts))
+    ts = jnp.where(index == num_steps, trajectory.t1, ts)
+    ts = jnp.where(index <= num_steps, ts, jnp.inf)
+    infos = trajectory.dense_infos()
+    if is_deer:
+        infos = jtu.tree_map(lambda x: x.reshape(-1, substeps, *x.shape[1:]), infos)
+        infos = dict(dense_infos=infos)
+    return dataclasses.replace(
+        final_state, dense_ts=ts, dense_infos=infos, dense_save_index=num_steps
+    )

@@ -1,0 +1,102 @@
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from diffrax import AbstractLocalInterpolation, Event, RESULTS
+from jaxtyping import Array, Bool, Int, PyTree, Real
+
+from ._custom_types import RealScalarLike
+
+
+def _cond_fns(event: Event) -> list[Callable]:
+    return jtu.tree_leaves(event.cond_fn, is_leaf=callable)
+
+
+def _directions(event: Event) -> list[bool | None]:
+    return jtu.tree_leaves(event.direction, is_leaf=lambda x: x is None)
+
+
+def first_crossing(
+    event: Event,
+    call: Callable[[Callable, RealScalarLike, PyTree[Array]], Array],
+    ts: Real[Array, " substeps_plus_1"],
+    ys: PyTree[Array],
+) -> tuple[Bool[Array, ""], Int[Array, ""], PyTree[Bool[Array, ""]]]:
+    """Looks for the first substep at the end of which an event has occurred.
+
+    `call(cond_fn, t, y)` evaluates one of the functions of the event. Those of each
+    substep are compared as Diffrax compares those of a step.
+
+    **Returns:**
+
+    Whether there is such a substep, its index, and which of the events it was, like
+    `diffrax.Solution.event_mask`.
+    """
+    occurred = []
+    for cond_fn, direction in zip(_cond_fns(event), _directions(event)):
+        values = jax.vmap(lambda t, y: jnp.asarray(call(cond_fn, t, y)))(ts, ys)
+        if values.dtype == jnp.dtype(bool):
+            occurred.append(values[1:])
+            continue
+        old, new = jnp.sign(values[:-1]), jnp.sign(values[1:])
+        if direction is None:
+            occurred.append(old != new)
+        elif direction:
+            occurred.append((old <= 0) & (new > 0))
+        else:
+            occurred.append((old > 0) & (new <= 0))
+    occurred = jnp.stack(occurred)
+    substep = jnp.argmax(jnp.any(occurred, axis=0))
+    at_substep = occurred[:, substep]
+    # Of several at once, only the first one counts.
+    mask = at_substep & (jnp.cumsum(at_substep) == 1)
+    structure = jtu.tree_structure(event.cond_fn, is_leaf=callable)
+    return jnp.any(occurred), substep, jtu.tree_unflatten(structure, list(mask))
+
+
+def event_time(
+    event: Event,
+    call: Callable[[Callable, RealScalarLike, PyTree[Array]], Array],
+    mask: PyTree[Bool[Array, ""]],
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    interpolation: AbstractLocalInterpolation,
+) -> tuple[Array, RESULTS]:
+    """The time within the substep `[t0, t1]` at which the event in `mask` occurs."""
+    if event.root_finder is None:
+        return jnp.asarray(t1), RESULTS.successful
+
+    def value(t, _):
+        y = interpolation.evaluate(t)
+        out = jnp.zeros_like(t)
+        for cond_fn, is_this in zip(_cond_fns(event), jtu.tree_leaves(mask)):
+            value = jnp.asarray(call(cond_fn, t, y))
+            if value.dtype == jnp.dtype(bool):
+                # Known to have become true some time during the substep.
+                value = t1 - t
+            out = jnp.where(is_this, value.astype(out.dtype), out)
+        return out
+
+    root = optx.root_find(
+        value,
+        event.root_finder,
+        y0=jnp.asarray(t1),
+        options=dict(lower=t0, upper=t1),
+        throw=False,
+    )
+    result = RESULTS.where(
+        root.result == optx.RESULTS.successful,
+        RESULTS.successful,
+        RESULTS.promote(root.result),
+    )
+    return root.value, result
+
+
+def call_event(
+    args: Any, kwargs: dict[str, Any]
+) -> Callable[[Callable, RealScalarLike, PyTree[Array]], Array]:
+    """How Diffrax calls the functions of an event."""
+    return lambda cond_fn, t, y: cond_fn(t, y, args, **kwargs)

@@ -1,0 +1,103 @@
+import dataclasses
+from typing import Any
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import SubSaveAt
+from jaxtyping import Array, PyTree, Real
+
+from ._custom_types import IntScalarLike
+from ._trajectory import Trajectory
+
+
+def save(
+    subsaveat: SubSaveAt,
+    save_state: Any,
+    trajectory: Trajectory,
+    tfinal: Real[Array, ""],
+    yfinal: PyTree[Array],
+    num_steps: IntScalarLike,
+    substeps_per_step: int,
+    args: PyTree[Any],
+) -> Any:
+    """All that Diffrax saves, in the order in which it does so, but in one batch.
+
+    `save_state` is what Diffrax has allocated for it. The solution ends at `tfinal`
+    with the value `yfinal`, which is where the trajectory ends or an event before that.
+    """
+    t0 = trajectory.t0s[0]
+    # One item for each kind of thing that is saved: which ones really are, where to,
+    # and what.
+    saved, indices, ts, ys = [], [], [], []
+    num_t0 = int(subsaveat.t0)
+    num_ts = num_saved_steps = 0
+
+    if subsaveat.t0:
+        saved.append(jnp.ones(1, bool))
+        indices.append(jnp.zeros(1, int))
+        ts.append(t0[None])
+        ys.append(trajectory.y0[None])
+
+    # Without the last step, which ends with `yfinal`.
+    if subsaveat.steps > 0:
+        max_steps = len(trajectory.ys) // substeps_per_step
+        steps = jnp.arange(subsaveat.steps, max_steps, subsaveat.steps)
+        last = substeps_per_step * steps - 1
+        is_saved = steps < num_steps
+        num_saved_steps = jnp.sum(is_saved)
+        ends = jnp.where(is_saved, lax.stop_gradient(trajectory.t1s[last]), jnp.inf)
+        index = num_t0 + jnp.arange(len(steps))
+        if subsaveat.ts is not None:
+            index = index + jnp.searchsorted(subsaveat.ts, ends, side="right")
+        saved.append(is_saved)
+        indices.append(index)
+        # If there is a jump between two steps, then Diffrax saves the time after it.
+        ts.append(trajectory.t0s[last + 1])
+        ys.append(trajectory.ys[last])
+
+    ys = [jax.vmap(trajectory.step.unravel)(y) for y in ys]
+
+    if subsaveat.ts is not None:
+        # If nothing is solved then nothing is saved. (An event at the very beginning.)
+        is_saved = (subsaveat.ts <= tfinal) & ((num_steps > 0) | (t0 == tfinal))
+        num_ts = jnp.sum(is_saved)
+        index = num_t0 + jnp.arange(len(subsaveat.ts))
+        if subsaveat.steps > 0:
+            index = index + jnp.searchsorted(ends, subsaveat.ts)
+        saved.append(is_saved)
+        indices.append(index)
+        ts.append(subsaveat.ts)
+        # What is not saved must nonetheless be finite.
+        ys.append(trajectory.evaluate(jnp.where(is_saved, subsaveat.ts, tfinal)))
+
+    if subsaveat.steps > 0:
+        is_due = num_steps % subsaveat.steps == 0
+        is_saved = jnp.where(is_due, num_steps > 0, subsaveat.t1)
+    else:
+        is_saved = jnp.array(subsaveat.t1)
+    if subsaveat.t1 or subsaveat.steps > 0:
+        saved.append(is_saved[None])
+        indices.append(jnp.asarray(num_t0 + num_ts + num_saved_steps)[None])
+        ts.append(tfinal[None])
+        ys.append(jtu.tree_map(lambda y: y[None], yfinal))
+
+    saved, indices, ts = (jnp.concatenate(x) for x in (saved, indices, ts))
+    ys = jtu.tree_map(lambda *y: jnp.concatenate(y), *ys)
+    fn_ts = jnp.where(saved, ts, tfinal)
+    ys = jax.vmap(lambda t, y: subsaveat.fn(t, y, args))(fn_ts, ys)
+    # Those that are not saved would land behind the end.
+    size = len(save_state.ts)
+    indices = jnp.where(saved, indices, size + jnp.arange(len(indices)))
+
+    def write(out, x):
+        return out.at[indices].set(x, mode="drop", unique_indices=True)
+
+    return dataclasses.replace(
+        save_state,
+        ts=write(save_state.ts, ts),
+        ys=jtu.tree_map(write, save_state.ys, ys),
+        save_index=jnp.sum(saved),
+        saveat_ts_index=num_ts,
+    )
