@@ -34,7 +34,7 @@ from ._trajectory import Trajectory
 
 # By default, keep trajectories of up to this many bytes, or if that is more, of up to
 # this many substeps.
-_MAX_BYTES = 2**22
+_MAX_BYTES = 2**20
 _MIN_SUBSTEPS = 2**12
 # By default, merge up to this many substeps, but keep their Jacobians below this many
 # bytes.

@@ -6,6 +6,7 @@ import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, Real
 
 from ._scan import AbstractScan
@@ -40,9 +41,9 @@ def implicit_trajectory(
     already, as a function of $y_0$, of $\Phi_n = $ `step(t0s[n], t1s[n], ·)`, and of
     all that `step` closes over, which it must contain as a PyTree.
 
-    The derivatives are those of the implicit function theorem: linear recurrences. To
-    bound the memory needed, they are evaluated for `chunk_size` substeps at a time, up
-    to `num_chunks` times, after which they are zero.
+    By the implicit function theorem the derivative is a linear recurrence, and its
+    transpose another one, backwards in time. To bound the memory needed, these work on
+    `chunk_size` substeps at a time. Only the first `num_chunks` chunks are in use.
     """
     del step, t0s, t1s, y0, scan, chunk_size, num_chunks
     return ys
@@ -60,64 +61,122 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
         num_chunks=num_chunks,
     )
     starts = jnp.concatenate([y0[None], ys[:-1]])
-    t_y0 = jnp.zeros_like(y0) if t_y0 is None else t_y0
-
-    def chunk(t_y0, starts, times, t_times):
-        return _tangents(step, t_step, times, t_times, starts, t_y0, scan)
-
     substeps, size = ys.shape
-    if substeps == chunk_size:
-        return ys, chunk(t_y0, starts, (t0s, t1s), (t_t0s, t_t1s))
-
-    assert substeps % chunk_size == 0
     max_chunks = substeps // chunk_size
-    xs = (starts, (t0s, t1s), (t_t0s, t_t1s))
-    xs = jax.tree.map(lambda x: x.reshape(max_chunks, chunk_size, *x.shape[1:]), xs)
+    assert substeps == max_chunks * chunk_size
 
-    def body_fun(carry):
-        i, t_y0, t_ys = carry
-        t_chunk = chunk(t_y0, *jax.tree.map(lambda x: x[i], xs))
-        return i + 1, t_chunk[-1], t_ys.at[i].set(t_chunk)
+    # Only what has a tangent takes part in the differentiation.
+    is_none = lambda x: x is None
+    has_tangent = jtu.tree_map(lambda x: x is not None, t_step, is_leaf=is_none)
+    params, fixed = eqx.partition(step, has_tangent)
+    t_params = eqx.filter(t_step, has_tangent)
+    has_times = t_t0s is not None or t_t1s is not None
+    t_times = None
+    if has_times:
+        t_times = tuple(
+            jnp.zeros_like(t) if t_t is None else t_t
+            for t, t_t in ((t0s, t_t0s), (t1s, t_t1s))
+        )
 
-    # `num_chunks` are used, of those for which there is memory.
-    _, _, t_ys = eqxi.while_loop(
-        lambda carry: carry[0] < num_chunks,
-        body_fun,
-        (0, t_y0, jnp.zeros((max_chunks, chunk_size, size), ys.dtype)),
-        max_steps=max_chunks,
-        buffers=lambda carry: carry[2],
-        kind="bounded",
-    )
-    return ys, t_ys.reshape(substeps, size)
+    def at(x, index):
+        return jtu.tree_map(
+            lambda x: x.reshape(max_chunks, chunk_size, *x.shape[1:])[index], x
+        )
 
+    def set_at(x, index, values):
+        def one(x, value):
+            chunks = x.reshape(max_chunks, chunk_size, *x.shape[1:])
+            return chunks.at[index].set(value).reshape(x.shape)
 
-def _tangents(step, t_step, times, t_times, starts, t_y0, scan):
-    def ends(step, times):
-        return jax.vmap(step)(*times, starts)
+        return jtu.tree_map(one, x, values)
 
-    _, b = eqx.filter_jvp(ends, (step, times), (t_step, t_times))
-    b = jnp.zeros_like(starts) if b is None else b
+    def loop(body, carry, reverse=False):
+        if max_chunks == 1:
+            return body(0, carry)
+        # Chunks that not all elements of a batch make use of have length zero.
+        num = eqxi.unvmap_max(jnp.asarray(num_chunks))
+        index = lambda i: num - 1 - i if reverse else i
+        return lax.fori_loop(0, num, lambda i, carry: body(index(i), carry), carry)
 
-    # The exact Jacobians of all substeps, by moving them along the same unit vectors.
-    _, jvp = jax.linearize(lambda starts: jax.vmap(step)(*times, starts), starts)
+    def ends(index):
+        """The values that the substeps of a chunk, or of all of them, lead to."""
+        pick = (lambda x: x) if index is None else (lambda x: at(x, index))
+        times = pick((t0s, t1s))
 
-    def column(unit):
-        return jvp(jnp.broadcast_to(unit, starts.shape))
+        def fn(params, some_times, starts):
+            some_times = times if some_times is None else some_times
+            return jax.vmap(eqx.combine(params, fixed))(*some_times, starts)
 
-    A = jax.vmap(column, out_axes=-1)(jnp.eye(starts.shape[-1], dtype=starts.dtype))
-    b = b.at[0].add(jnp.sum(A[0] * t_y0, axis=-1))
-    A_T = jnp.swapaxes(A, -1, -2)
-    A_T = jnp.concatenate([A_T[1:], jnp.zeros_like(A_T[:1])])
+        return fn, (params, times if has_times else None, pick(starts))
+
+    def jacobians(index):
+        # Exact, by moving all substeps along the same unit vectors.
+        fn, (params, times, starts) = ends(index)
+        _, jvp = jax.linearize(lambda starts: fn(params, times, starts), starts)
+        column = lambda unit: jvp(jnp.broadcast_to(unit, starts.shape))
+        return jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=ys.dtype))
+
+    # The derivative is the solution of a linear system, in both the trajectory and its
+    # inputs: the inputs are what they are, and the trajectory satisfies the linearised
+    # recurrence. By stating this, JAX can differentiate and transpose without looking
+    # into the loops that solve it, which may thus be whatever is best.
 
     def matvec(x):
-        previous = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
-        return x - jnp.sum(A * previous[:, None, :], axis=-1)
+        x_ys, x_params, x_times, x_y0 = x
+        fn, primals = ends(None)
+        x_starts = jnp.concatenate([x_y0[None], x_ys[:-1]])
+        _, x_ends = jax.jvp(fn, primals, (x_params, x_times, x_starts))
+        return x_ys - x_ends, x_params, x_times, x_y0
 
-    # Not just `scan(A, b)`, as thus every derivative of this, too, is a recurrence,
-    # rather than the derivative of whatever operations the scan is made of.
-    return lax.custom_linear_solve(
-        matvec,
-        b,
-        solve=lambda _, b: scan(A, b),
-        transpose_solve=lambda _, b: scan(A_T, b, reverse=True),
+    def solve(_, b):
+        b_ys, x_params, x_times, x_y0 = b
+
+        def body(index, carry):
+            x_ys, x_start = carry
+            fn, primals = ends(index)
+            # The value at the start of the chunk is just another input.
+            x_starts = jnp.zeros((chunk_size, size), ys.dtype).at[0].set(x_start)
+            t_primals = (x_params, at(x_times, index), x_starts)
+            _, b = jax.jvp(fn, primals, t_primals)
+            x_chunk = scan(jacobians(index), b + at(b_ys, index))
+            return set_at(x_ys, index, x_chunk), x_chunk[-1]
+
+        x_ys, _ = loop(body, (jnp.zeros_like(b_ys), x_y0))
+        return x_ys, x_params, x_times, x_y0
+
+    def transpose_solve(_, b):
+        b_ys, x_params, x_times, x_y0 = b
+
+        def body(index, carry):
+            x_ys, x_params, x_times, x_end = carry
+            A_T = jnp.swapaxes(jacobians(index), -1, -2)
+            A_T = jnp.concatenate([A_T[1:], jnp.zeros_like(A_T[:1])])
+            b = at(b_ys, index).at[-1].add(x_end)
+            x_chunk = scan(A_T, b, reverse=True)
+            fn, primals = ends(index)
+            _, vjp = jax.vjp(fn, *primals)
+            d_params, d_times, d_starts = vjp(x_chunk)
+            x_params = jtu.tree_map(jnp.add, x_params, d_params)
+            d_times = jtu.tree_map(jnp.add, at(x_times, index), d_times)
+            x_times = set_at(x_times, index, d_times)
+            return set_at(x_ys, index, x_chunk), x_params, x_times, d_starts[0]
+
+        carry = (jnp.zeros_like(b_ys), x_params, x_times, jnp.zeros_like(x_y0))
+        x_ys, x_params, x_times, x_start = loop(body, carry, reverse=True)
+        return x_ys, x_params, x_times, x_y0 + x_start
+
+    if t_y0 is None:
+        t_y0 = jnp.zeros_like(y0)
+    b = (jnp.zeros_like(ys), t_params, t_times, t_y0)
+    t_ys, *_ = lax.custom_linear_solve(
+        matvec, _all_linear(b), solve=solve, transpose_solve=transpose_solve
     )
+    return ys, t_ys
+
+
+def _all_linear(b):
+    # If one thing on the right-hand side is a tangent, then JAX wants everything to be,
+    # including what is zero. XLA removes this.
+    leaves = jtu.tree_leaves(b)
+    any_tangent = lambda dtype: sum(jnp.sum(x).astype(dtype) for x in leaves)
+    return jtu.tree_map(lambda x: x + jnp.where(False, any_tangent(x.dtype), 0), b)
