@@ -7,6 +7,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Real
 
 from ._scan import AbstractScan
@@ -128,7 +129,7 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
         _, x_ends = jax.jvp(fn, primals, (x_params, x_times, x_starts))
         return x_ys - x_ends, x_params, x_times, x_y0
 
-    def solve(_, b):
+    def solve(b):
         b_ys, x_params, x_times, x_y0 = b
 
         def body(index, carry):
@@ -144,7 +145,7 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
         x_ys, _ = loop(body, (jnp.zeros_like(b_ys), x_y0))
         return x_ys, x_params, x_times, x_y0
 
-    def transpose_solve(_, b):
+    def transpose_solve(b):
         b_ys, x_params, x_times, x_y0 = b
 
         def body(index, carry):
@@ -167,16 +168,18 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
 
     if t_y0 is None:
         t_y0 = jnp.zeros_like(y0)
-    b = (jnp.zeros_like(ys), t_params, t_times, t_y0)
-    t_ys, *_ = lax.custom_linear_solve(
-        matvec, _all_linear(b), solve=solve, transpose_solve=transpose_solve
+    # As a single vector, as if one part of the right-hand side is being differentiated
+    # then JAX wants this of all of them.
+    b, unravel = ravel_pytree((jnp.zeros_like(ys), t_params, t_times, t_y0))
+
+    def flat(fn):
+        return lambda x: ravel_pytree(fn(unravel(x)))[0]
+
+    x = lax.custom_linear_solve(
+        flat(matvec),
+        b,
+        solve=lambda _, b: flat(solve)(b),
+        transpose_solve=lambda _, b: flat(transpose_solve)(b),
     )
+    t_ys, *_ = unravel(x)
     return ys, t_ys
-
-
-def _all_linear(b):
-    # If one thing on the right-hand side is a tangent, then JAX wants everything to be,
-    # including what is zero. XLA removes this.
-    leaves = jtu.tree_leaves(b)
-    any_tangent = lambda dtype: sum(jnp.sum(x).astype(dtype) for x in leaves)
-    return jtu.tree_map(lambda x: x + jnp.where(False, any_tangent(x.dtype), 0), b)

@@ -55,7 +55,8 @@ def known_times(
     later = jax.vmap(end)(jnp.arange(1, num_steps))
     ts = jnp.concatenate([first, later.astype(first.dtype)])[: num_steps + 1]
     # As in `diffeqsolve`, which thus avoids tiny steps at the end.
-    almost_t1 = lax.stop_gradient(t1 - 100 * jnp.spacing(t1))
+    fixed_t1 = lax.stop_gradient(t1)
+    almost_t1 = fixed_t1 - 100 * jnp.spacing(fixed_t1)
     ts = jnp.where((ts > almost_t1) | (ts >= t1), t1, ts)
     return jnp.concatenate([ts, jnp.repeat(ts[-1:], size - num_steps)])
 
