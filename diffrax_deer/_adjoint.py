@@ -41,7 +41,7 @@ _MIN_SUBSTEPS = 2**12
 _MAX_MERGED = 2**14
 _MAX_JACOBIAN_BYTES = 2**26
 # By default, backpropagate jointly through this many steps of a sequential solver.
-_SEQUENTIAL_CHUNK = 64
+_SEQUENTIAL_CHUNK = 128
 
 
 class _Layout(eqx.Module):

@@ -167,12 +167,13 @@ class _RecordingSolver(eqx.Module):
                 self.event, self.call_event, made.ts, ys
             )
         dtype = jnp.result_type(t0)
+        okay = (made.result == RESULTS.successful).astype(dtype)
         message = (occurred.astype(dtype), jnp.asarray(made.num_iterations, dtype))
         ys = eqx.filter_vmap(one_step.ravel, axis_size=self.windows.size)(made.ys)
         return (
             made.y1,
             (made.y_error, message),
-            dict(start=t0, end=t1, ys=ys, okay=made.result == RESULTS.successful),
+            dict(times=jnp.stack([t0, t1, okay]), ys=ys),
             _SolverState(made.solver_state, substep, mask),
             made.result,
         )
@@ -247,9 +248,6 @@ def record(
     y0 = one_step.ravel(init_state.y)
     time_dtype = jnp.result_type(t0)
 
-    def buffer(*shape, dtype):
-        return jnp.full((max_windows, *shape), jnp.inf, dtype)
-
     init_state = dataclasses.replace(
         init_state,
         tnext=tnext,
@@ -264,10 +262,8 @@ def record(
         save_state=None,
         dense_ts=jnp.full(max_windows + 1, jnp.inf, time_dtype),
         dense_infos=dict(
-            start=buffer(dtype=time_dtype),
-            end=buffer(dtype=time_dtype),
-            ys=buffer(windows.size, y0.size, dtype=y0.dtype),
-            okay=jnp.zeros(max_windows, bool),
+            times=jnp.zeros((max_windows, 3), time_dtype),
+            ys=jnp.zeros((max_windows, windows.size, y0.size), y0.dtype),
         ),
         dense_save_index=0,
         event_tprev=None,
@@ -294,12 +290,13 @@ def record(
     solver_state = final_state.solver_state
     controller_state = final_state.controller_state
     infos = final_state.dense_infos
+    t0s, t1s, okay = jnp.unstack(infos["times"], axis=-1)
     return Recording(
-        t0s=infos["start"],
-        t1s=infos["end"],
+        t0s=t0s,
+        t1s=t1s,
         ys=infos["ys"],
         # A window that failed ends the solve, even if it has been accepted.
-        num_windows=jnp.sum(infos["okay"]),
+        num_windows=jnp.sum(okay == 1),
         full=controller_state.full,
         num_iterations=controller_state.num_iterations.astype(jnp.int32),
         max_window_iterations=controller_state.max_window_iterations.astype(jnp.int32),
