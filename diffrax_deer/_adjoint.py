@@ -69,6 +69,63 @@ class _Layout(eqx.Module):
 
 
 class DeerAdjoint(AbstractAdjoint):
+    r"""Saves, backpropagates, and looks for events, in parallel over time.
+
+    For use with [`diffrax_deer.DeerSolver`][], as
+    `diffeqsolve(..., adjoint=DeerAdjoint())`. It first runs Diffrax's loop over the
+    steps, in which it only keeps the trajectory. What is asked for follows from that:
+
+    - **Saving.** All of `SaveAt(ts=...)` is interpolated in one batch. (Diffrax itself
+        saves these points one after the other.) The functions of `SaveAt(fn=...)` are
+        batched with `jax.vmap`.
+    - **Derivatives** are those of the discretised equation, as with
+        `diffrax.RecursiveCheckpointAdjoint`. They are given by the implicit function
+        theorem: backwards through each window goes one linear recurrence, evaluated in
+        parallel, and no iteration is made again. Forward mode and higher derivatives
+        work as well, and so do derivatives with respect to `t0`, `t1`, the save times,
+        `StepTo(ts=...)`, and `ClipStepSizeController(step_ts=..., jump_ts=...)`. All
+        other times that an adaptive step size controller has chosen are treated as
+        constants. There is none with respect to `solver_state`, `controller_state`
+        and what the controller itself consists of.
+    - **Steps known in advance**, those of `ConstantStepSize` and `StepTo`, are merged:
+        with `DeerSolver(substeps=1)`, as many steps as fit become a single window. This
+        gives the steps, saved values and statistics of the wrapped solver itself in the
+        same call of `diffeqsolve`.
+    - **Events** are evaluated at all substeps, so that the first one to occur inside of
+        a window is found. It is then located as Diffrax does it, but within that
+        substep.
+
+    Any other one-step method of Diffrax may also be used as the solver, for example
+    `Tsit5()`. Then it makes its steps one after the other, and only what comes
+    afterwards is done in parallel.
+
+    `Solution.stats` additionally has `num_iterations`, the number of iterations in all
+    windows, including those that were rejected, and `max_window_iterations`, that of
+    the window with the most of them.
+
+    !!! info "Memory"
+
+        JAX has to know in advance for how many windows to allocate memory. This takes
+        about
+
+        `5 * max_windows * points * (size + 1) * itemsize` bytes
+
+        for the trajectory and what is made of it, where `points` is the number of grid
+        points in a window (`substeps`, or more if windows are merged), `size` is that
+        of the state, and `itemsize` is 8 in double and 4 in single precision. As on a
+        CPU it takes time to touch that memory, pass `diffeqsolve(..., max_steps=...)`
+        or `max_windows` if you know how many are needed. In particular, pass
+        `max_steps=1` if the whole solve is a single window.
+
+        Furthermore Jacobians are kept for one window at a time: a small multiple of
+        `points * size**2 * itemsize` bytes.
+
+    !!! warning
+
+        The differential equation must be one that can be evaluated a second time. That
+        excludes `diffrax.UnsafeBrownianPath`.
+    """
+
     max_windows: int | None = eqx.field(default=None, static=True)
     max_window_points: int | None = eqx.field(default=None, static=True)
 
@@ -279,6 +336,24 @@ class DeerAdjoint(AbstractAdjoint):
         else:
             chunk_size = min(self.max_window_points or _SEQUENTIAL_CHUNK, max_windows)
         return _Layout(substeps, steps_per_window, max_windows, chunk_size)
+
+
+DeerAdjoint.__init__.__doc__ = """**Arguments:**
+
+- `max_windows`: the number of windows to allocate memory for. A positive integer. If
+    more are needed then this raises an error, or with `diffeqsolve(..., throw=False)`
+    returns `RESULTS.max_steps_reached`. With solvers other than
+    [`diffrax_deer.DeerSolver`][], every step is a window. Defaults to
+    `diffeqsolve(..., max_steps=...)`, or if that is less to as many as fit into 1 MiB
+    or make 4096 grid points, whichever is more.
+- `max_window_points`: the number of grid points in a window. A positive integer. Steps
+    known in advance are merged until there are that many. Of solvers other than
+    [`diffrax_deer.DeerSolver`][], this is the number of steps through which to
+    backpropagate at once, by default 128. By default steps are only merged with
+    `DeerSolver(substeps=1)` and without an event, up to 16384 of them, or fewer if
+    their Jacobians would take more than 64 MiB. Larger windows suit GPUs, and smaller
+    ones CPUs.
+"""
 
 
 def _check(solver, terms, y0):

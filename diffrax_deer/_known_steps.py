@@ -45,15 +45,17 @@ def known_times(
     def end(n):
         # Only used without an end: then steps are added up.
         previous = t0 if dt0 is None else t0 + n * dt0
+        state_n = advance(controller, state, n - 1)
+        # Neither looks at any of what is missing.
+        unused: Any = None
         _, _, end, _, _, _ = controller.adapt_step_size(
-            *(previous, previous, None, None, None, None, None),
-            controller_state=advance(controller, state, n - 1),
+            previous, previous, unused, unused, unused, unused, unused, state_n
         )
-        return end
+        return jnp.asarray(end, first.dtype)
 
     first = jnp.stack([t0, tnext])
     later = jax.vmap(end)(jnp.arange(1, num_steps))
-    ts = jnp.concatenate([first, later.astype(first.dtype)])[: num_steps + 1]
+    ts = jnp.concatenate([first, later])[: num_steps + 1]
     # As in `diffeqsolve`, which thus avoids tiny steps at the end.
     fixed_t1 = lax.stop_gradient(t1)
     almost_t1 = fixed_t1 - 100 * jnp.spacing(fixed_t1)
@@ -68,14 +70,14 @@ def move_with(
     derivative. The values are unchanged, and all other `ts` stay where they are.
     """
     ts = lax.stop_gradient(ts)
-    anchors = jnp.sort(jnp.concatenate([jnp.ravel(x) for x in anchors]))
-    fixed = lax.stop_gradient(anchors)
-    right = jnp.clip(jnp.searchsorted(fixed, ts), 1, len(anchors) - 1)
+    moving = jnp.sort(jnp.concatenate([jnp.ravel(x) for x in anchors]))
+    fixed = lax.stop_gradient(moving)
+    right = jnp.clip(jnp.searchsorted(fixed, ts), 1, len(moving) - 1)
     left = right - 1
     nearest = jnp.where(ts - fixed[left] < fixed[right] - ts, left, right)
     # Jumps are stepped over, from the floating point number before to the one after.
     same = jnp.abs(ts - fixed[nearest]) <= 2 * jnp.spacing(jnp.abs(ts))
     difference = jnp.where(
-        same & jnp.isfinite(fixed[nearest]), anchors[nearest] - fixed[nearest], 0
+        same & jnp.isfinite(fixed[nearest]), moving[nearest] - fixed[nearest], 0
     )
     return ts + difference

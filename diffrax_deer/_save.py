@@ -33,6 +33,7 @@ def save(
     saved, indices, ts, ys = [], [], [], []
     num_t0 = int(subsaveat.t0)
     num_ts = num_saved_steps = 0
+    ends = None
 
     if subsaveat.t0:
         saved.append(jnp.ones(1, bool))
@@ -64,7 +65,7 @@ def save(
         is_saved = (subsaveat.ts <= tfinal) & ((num_steps > 0) | (t0 == tfinal))
         num_ts = jnp.sum(is_saved)
         index = num_t0 + jnp.arange(len(subsaveat.ts))
-        if subsaveat.steps > 0:
+        if ends is not None:
             index = index + jnp.searchsorted(ends, subsaveat.ts)
         saved.append(is_saved)
         indices.append(index)

@@ -229,8 +229,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             if solver_state is None:
                 ys = cold()
             else:
+                warm_ys = solver_state.ys
                 same_window = (solver_state.t0 == ts[0]) & (solver_state.t1 == ts[-1])
-                ys = lax.cond(same_window, lambda: solver_state.ys, cold)
+                ys = lax.cond(same_window, lambda: warm_ys, cold)
             ys = window.ravel_all(ys)
             finite = jnp.isfinite(ys).all(axis=-1, keepdims=True)
             return jnp.where(finite, ys, window.y0[None])
