@@ -13,6 +13,7 @@ from diffrax import (
     AbstractStepSizeController,
     ClipStepSizeController,
     RESULTS,
+    SaveAt,
     StepTo,
     SubSaveAt,
     UnsafeBrownianPath,
@@ -246,6 +247,7 @@ class DeerAdjoint(AbstractAdjoint):
             recording.ys.reshape(-1, y0.size),
             num_steps,
             solver.scan if type(solver) is DeerSolver else AutoScan(),
+            _keep_dense_infos(saveat, layout),
         )
         if event is None:
             tfinal, yfinal = trajectory.t1, trajectory.y1
@@ -280,7 +282,7 @@ class DeerAdjoint(AbstractAdjoint):
                 save_all,
                 saveat.subs,
                 init_state.save_state,
-                is_leaf=lambda x: isinstance(x, SubSaveAt),
+                is_leaf=_is_subsaveat,
             ),
             solver_state=recording.solver_state,
             controller_state=recording.controller_state,
@@ -377,6 +379,10 @@ def _error_if_full(recording: Recording, layout: _Layout) -> Recording:
     )
 
 
+def _is_subsaveat(x):
+    return isinstance(x, SubSaveAt)
+
+
 def _stepped_to(controller: AbstractStepSizeController) -> list[Array]:
     # The times that steps are made to end at, which so may be differentiated.
     if isinstance(controller, ClipStepSizeController):
@@ -385,6 +391,15 @@ def _stepped_to(controller: AbstractStepSizeController) -> list[Array]:
         return [*ts, *_stepped_to(controller.controller)]
     else:
         return []
+
+
+def _keep_dense_infos(saveat: SaveAt, layout: _Layout) -> bool:
+    # To interpolate, either keep what is needed from all substeps, or make only those
+    # again that are needed.
+    subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
+    num_saves = sum(len(sub.ts) for sub in subs if sub.ts is not None)
+    num_substeps = layout.num_chunks * layout.chunk_size
+    return saveat.dense or 2 * num_saves >= num_substeps
 
 
 def _trajectory(
@@ -398,6 +413,7 @@ def _trajectory(
     ys: Float[Array, "substeps size"],
     num_steps: Int[Array, ""],
     scan: AbstractScan,
+    keep_dense_infos: bool,
 ) -> Trajectory:
     # What is not used has length zero, and is finite.
     last = jnp.maximum(num_steps, 1) - 1
@@ -422,13 +438,28 @@ def _trajectory(
     t0s, t1s, ys = pad(t0s), pad(t1s), pad(ys)
     # The last one may be in use.
     t0s = t0s.at[len(ts) * layout.substeps_per_step :].set(t1)
-    ys = implicit_trajectory(
-        *(ys, eqx.filter_closure_convert(step, t0s[0], t1s[0], y0), t0s, t1s, y0),
+    if keep_dense_infos:
+        starts = jnp.concatenate([y0[None], ys[:-1]])
+        dense_infos = without_gradient(lambda: step.substeps(t0s, t1s, starts))
+        dense_infos = dense_infos.dense_info
+    else:
+        dense_infos = None
+
+    def one_step(t0, t1, y0):
+        substep = step.substep(t0, t1, step.unravel(y0))
+        dense_info = substep.dense_info if keep_dense_infos else None
+        return step.ravel(substep.y1), dense_info
+
+    one_step = eqx.filter_closure_convert(one_step, t0s[0], t1s[0], y0)
+    ys, dense_infos = implicit_trajectory(
+        *(ys, dense_infos, one_step, t0s, t1s, y0),
         scan=scan,
         chunk_size=layout.chunk_size,
         num_chunks=-(-num_substeps // layout.chunk_size),
     )
-    return Trajectory(step, interpolation_cls, t0s, t1s, y0, ys, num_substeps)
+    return Trajectory(
+        *(step, interpolation_cls, t0s, t1s, y0, ys, dense_infos, num_substeps)
+    )
 
 
 def _at_event(event, call, mask, trajectory, substep):
@@ -475,7 +506,7 @@ def _dense(final_state, trajectory, is_deer, layout, num_steps):
     index = jnp.arange(len(ts))
     ts = jnp.where(index == num_steps, trajectory.t1, ts)
     ts = jnp.where(index <= num_steps, ts, jnp.inf)
-    infos = trajectory.dense_infos()
+    infos = trajectory.dense_infos
     if is_deer:
         infos = jtu.tree_map(lambda x: x.reshape(-1, substeps, *x.shape[1:]), infos)
         infos = dict(dense_infos=infos)

@@ -8,7 +8,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Float, Int, PyTree, Real
 
 from ._scan import AbstractScan
 
@@ -29,6 +29,7 @@ def without_gradient(fn: Callable[[], _T]) -> _T:
 @eqx.filter_custom_jvp
 def implicit_trajectory(
     ys: Float[Array, "substeps size"],
+    infos: PyTree[Float[Array, "substeps ..."]],
     step: Callable,
     t0s: Real[Array, " substeps"],
     t1s: Real[Array, " substeps"],
@@ -37,26 +38,26 @@ def implicit_trajectory(
     scan: AbstractScan,
     chunk_size: int,
     num_chunks: Int[Array, ""] | int,
-) -> Float[Array, "substeps size"]:
-    r"""The `ys` at which $y_{n+1} = \Phi_n(y_n)$ for all $n$, which must be known
-    already, as a function of $y_0$, of $\Phi_n = $ `step(t0s[n], t1s[n], ·)`, and of
-    all that `step` closes over, which it must contain as a PyTree.
+) -> tuple[Float[Array, "substeps size"], PyTree[Float[Array, "substeps ..."]]]:
+    """The trajectory that satisfies `step(t0s[n], t1s[n], ys[n - 1]) = ys[n], infos[n]`
+    for all `n`, as a function of `y0`, `t0s`, `t1s`, and all that `step` closes over,
+    which it must contain as a PyTree. The trajectory itself must be known already.
 
     By the implicit function theorem the derivative is a linear recurrence, and its
     transpose another one, backwards in time. To bound the memory needed, these work on
     `chunk_size` substeps at a time. Only the first `num_chunks` chunks are in use.
     """
     del step, t0s, t1s, y0, scan, chunk_size, num_chunks
-    return ys
+    return ys, infos
 
 
 @implicit_trajectory.def_jvp
 def _(primals, tangents, *, scan, chunk_size, num_chunks):
-    ys, step, t0s, t1s, y0 = primals
-    _, t_step, t_t0s, t_t1s, t_y0 = tangents
+    ys, infos, step, t0s, t1s, y0 = primals
+    _, _, t_step, t_t0s, t_t1s, t_y0 = tangents
     # For higher derivatives: the rule below also depends on the solution.
-    ys = implicit_trajectory(
-        *(ys, step, t0s, t1s, y0),
+    ys, infos = implicit_trajectory(
+        *(ys, infos, step, t0s, t1s, y0),
         scan=scan,
         chunk_size=chunk_size,
         num_chunks=num_chunks,
@@ -99,8 +100,10 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
         index = lambda i: num - 1 - i if reverse else i
         return lax.fori_loop(0, num, lambda i, carry: body(index(i), carry), carry)
 
-    def ends(index):
-        """The values that the substeps of a chunk, or of all of them, lead to."""
+    def substeps_of(index):
+        """All substeps of a chunk, or if that is `None` all there are, as a function,
+        and where to linearise it.
+        """
         pick = (lambda x: x) if index is None else (lambda x: at(x, index))
         times = pick((t0s, t1s))
 
@@ -110,11 +113,19 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
 
         return fn, (params, times if has_times else None, pick(starts))
 
-    def jacobians(index):
-        # Exact, by moving all substeps along the same unit vectors.
-        fn, (params, times, starts) = ends(index)
+    def jacobians(index, ct_infos):
+        # Exact, by moving all substeps along the same unit vectors. Those of `infos`
+        # are only needed as a product with some vector.
+        fn, (params, times, starts) = substeps_of(index)
         _, jvp = jax.linearize(lambda starts: fn(params, times, starts), starts)
-        column = lambda unit: jvp(jnp.broadcast_to(unit, starts.shape))
+
+        def column(unit):
+            A, info = jvp(jnp.broadcast_to(unit, starts.shape))
+            products = jtu.tree_map(
+                lambda x, y: jnp.sum(x * y, axis=range(1, x.ndim)), info, ct_infos
+            )
+            return A, sum(jtu.tree_leaves(products), jnp.zeros(chunk_size, ys.dtype))
+
         return jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=ys.dtype))
 
     # The derivative is the solution of a linear system, in both the trajectory and its
@@ -123,54 +134,62 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
     # into the loops that solve it, which may thus be whatever is best.
 
     def matvec(x):
-        x_ys, x_params, x_times, x_y0 = x
-        fn, primals = ends(None)
+        x_ys, x_infos, *x_inputs, x_y0 = x
+        fn, primals = substeps_of(None)
         x_starts = jnp.concatenate([x_y0[None], x_ys[:-1]])
-        _, x_ends = jax.jvp(fn, primals, (x_params, x_times, x_starts))
-        return x_ys - x_ends, x_params, x_times, x_y0
+        _, (x_ends, x_info) = jax.jvp(fn, primals, (*x_inputs, x_starts))
+        x_infos = jtu.tree_map(jnp.subtract, x_infos, x_info)
+        return x_ys - x_ends, x_infos, *x_inputs, x_y0
 
     def solve(b):
-        b_ys, x_params, x_times, x_y0 = b
+        x_ys, x_infos, x_params, x_times, x_y0 = b
 
         def body(index, carry):
-            x_ys, x_start = carry
-            fn, primals = ends(index)
+            x_ys, x_infos, x_start = carry
+            fn, primals = substeps_of(index)
+            x_inputs = (x_params, at(x_times, index))
             # The value at the start of the chunk is just another input.
             x_starts = jnp.zeros((chunk_size, size), ys.dtype).at[0].set(x_start)
-            t_primals = (x_params, at(x_times, index), x_starts)
-            _, b = jax.jvp(fn, primals, t_primals)
-            x_chunk = scan(jacobians(index), b + at(b_ys, index))
-            return set_at(x_ys, index, x_chunk), x_chunk[-1]
+            _, (b, _) = jax.jvp(fn, primals, (*x_inputs, x_starts))
+            A, _ = jacobians(index, at(x_infos, index))
+            x_chunk = scan(A, b + at(x_ys, index))
+            x_ys = set_at(x_ys, index, x_chunk)
+            x_starts = jnp.concatenate([x_start[None], x_chunk[:-1]])
+            _, (_, x_info) = jax.jvp(fn, primals, (*x_inputs, x_starts))
+            x_info = jtu.tree_map(jnp.add, at(x_infos, index), x_info)
+            return x_ys, set_at(x_infos, index, x_info), x_chunk[-1]
 
-        x_ys, _ = loop(body, (jnp.zeros_like(b_ys), x_y0))
-        return x_ys, x_params, x_times, x_y0
+        x_ys, x_infos, _ = loop(body, (x_ys, x_infos, x_y0))
+        return x_ys, x_infos, x_params, x_times, x_y0
 
     def transpose_solve(b):
-        b_ys, x_params, x_times, x_y0 = b
+        x_ys, x_infos, x_params, x_times, x_y0 = b
 
         def body(index, carry):
             x_ys, x_params, x_times, x_end = carry
-            A_T = jnp.swapaxes(jacobians(index), -1, -2)
-            A_T = jnp.concatenate([A_T[1:], jnp.zeros_like(A_T[:1])])
-            b = at(b_ys, index).at[-1].add(x_end)
-            x_chunk = scan(A_T, b, reverse=True)
-            fn, primals = ends(index)
+            x_info = at(x_infos, index)
+            A, from_infos = jacobians(index, x_info)
+            # What happens at the start of a substep happens at the end of the last one.
+            shift = lambda x: jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
+            b = (at(x_ys, index) + shift(from_infos)).at[-1].add(x_end)
+            x_chunk = scan(shift(jnp.swapaxes(A, -1, -2)), b, reverse=True)
+            x_ys = set_at(x_ys, index, x_chunk)
+            fn, primals = substeps_of(index)
             _, vjp = jax.vjp(fn, *primals)
-            d_params, d_times, d_starts = vjp(x_chunk)
+            d_params, d_times, d_starts = vjp((x_chunk, x_info))
             x_params = jtu.tree_map(jnp.add, x_params, d_params)
             d_times = jtu.tree_map(jnp.add, at(x_times, index), d_times)
-            x_times = set_at(x_times, index, d_times)
-            return set_at(x_ys, index, x_chunk), x_params, x_times, d_starts[0]
+            return x_ys, x_params, set_at(x_times, index, d_times), d_starts[0]
 
-        carry = (jnp.zeros_like(b_ys), x_params, x_times, jnp.zeros_like(x_y0))
+        carry = (x_ys, x_params, x_times, jnp.zeros_like(x_y0))
         x_ys, x_params, x_times, x_start = loop(body, carry, reverse=True)
-        return x_ys, x_params, x_times, x_y0 + x_start
+        return x_ys, x_infos, x_params, x_times, x_y0 + x_start
 
-    if t_y0 is None:
-        t_y0 = jnp.zeros_like(y0)
+    zeros = jtu.tree_map(jnp.zeros_like, (ys, infos))
+    t_y0 = jnp.zeros_like(y0) if t_y0 is None else t_y0
     # As a single vector, as if one part of the right-hand side is being differentiated
     # then JAX wants this of all of them.
-    b, unravel = ravel_pytree((jnp.zeros_like(ys), t_params, t_times, t_y0))
+    b, unravel = ravel_pytree((*zeros, t_params, t_times, t_y0))
 
     def flat(fn):
         return lambda x: ravel_pytree(fn(unravel(x)))[0]
@@ -181,5 +200,5 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
         solve=lambda _, b: flat(solve)(b),
         transpose_solve=lambda _, b: flat(transpose_solve)(b),
     )
-    t_ys, *_ = unravel(x)
-    return ys, t_ys
+    t_ys, t_infos, *_ = unravel(x)
+    return (ys, infos), (t_ys, t_infos)

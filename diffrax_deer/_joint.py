@@ -72,12 +72,13 @@ def joint_solve(
     ys = jnp.where(okay, solution.ys, lax.stop_gradient(window.y0))
 
     def step(t0, t1, y0):
-        return jnp.where(okay, window.step(t0, t1, y0), lax.stop_gradient(y0))
+        y1 = jnp.where(okay, window.step(t0, t1, y0), lax.stop_gradient(y0))
+        return y1, None
 
     t0s, t1s = window.ts[:-1], window.ts[1:]
     step = eqx.filter_closure_convert(step, t0s[0], t1s[0], window.y0)
-    ys = implicit_trajectory(
-        *(ys, step, t0s, t1s, window.y0),
+    ys, _ = implicit_trajectory(
+        *(ys, None, step, t0s, t1s, window.y0),
         scan=scan,
         chunk_size=ys.shape[0],
         num_chunks=1,

@@ -210,9 +210,6 @@ class _RecordingController(eqx.Module):
         return keep, tprev, tnext, made_jump, state, result
 
 
-_while_loop = ft.partial(eqxi.while_loop, kind="lax")
-
-
 def record(
     loop: Callable,
     windows: StepWindows | MergedWindows,
@@ -272,6 +269,9 @@ def record(
         event_values=None,
         event_mask=None,
     )
+    # With a single step this is no loop at all, which is quicker to compile.
+    kind = "bounded" if max_steps == 1 else "lax"
+    while_loop = ft.partial(eqxi.while_loop, kind=kind)
     final_state, _ = loop(
         solver=_RecordingSolver(windows, event, call_event),
         stepsize_controller=_RecordingController(
@@ -283,8 +283,8 @@ def record(
         t1=t1,
         max_steps=max_steps,
         init_state=init_state,
-        inner_while_loop=_while_loop,
-        outer_while_loop=_while_loop,
+        inner_while_loop=while_loop,
+        outer_while_loop=while_loop,
         **kwargs,
     )
     solver_state = final_state.solver_state

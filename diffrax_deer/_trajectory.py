@@ -26,6 +26,9 @@ class Trajectory(eqx.Module):
     # The value at `t0s[0]`, and those at all `t1s`.
     y0: Float[Array, " size"]
     ys: Float[Array, "substeps size"]
+    # What the wrapped solver needs to interpolate, for each of the substeps. `None` if
+    # this is only needed for a few of them.
+    dense_infos: PyTree[Array] | None
     num_substeps: Int[Array, ""]
 
     @property
@@ -43,10 +46,6 @@ class Trajectory(eqx.Module):
         y1 = jnp.where(self.num_substeps == 0, self.y0, self.ys[last])
         return self.step.unravel(y1)
 
-    def dense_infos(self) -> PyTree[Array]:
-        """What the wrapped solver needs to interpolate, for each of the substeps."""
-        return self.step.substeps(self.t0s, self.t1s, self.starts).dense_info
-
     def interpolation(self, index: IntScalarLike) -> AbstractLocalInterpolation:
         """The interpolation over one substep."""
         t0, t1 = self.t0s[index], self.t1s[index]
@@ -58,13 +57,12 @@ class Trajectory(eqx.Module):
         """The solution at many times at once. They must lie in `[t0s[0], t1]`."""
         index = jnp.searchsorted(lax.stop_gradient(self.t1s), ts)
         index = jnp.clip(index, 0, jnp.maximum(self.num_substeps - 1, 0))
-        # Each substep is made again at most once, and only if it is needed.
-        if len(ts) <= len(self.ys):
+        if self.dense_infos is None:
             infos = self.step.substeps(
                 self.t0s[index], self.t1s[index], self.starts[index]
             ).dense_info
         else:
-            infos = jtu.tree_map(lambda x: x[index], self.dense_infos())
+            infos = jtu.tree_map(lambda x: x[index], self.dense_infos)
 
         def evaluate(t, t0, t1, info):
             # There may be no substeps at all.

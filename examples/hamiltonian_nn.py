@@ -40,7 +40,7 @@ from _common import (
     start_run,
     write_json,
 )
-from diffrax_deer import DeerSolver, DeerState
+from diffrax_deer import DeerAdjoint, DeerSolver, DeerState
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
@@ -195,8 +195,8 @@ def predict(
 ) -> tuple[Float[Array, "batch points 8"], PyTree[Array]]:
     """Returns the trajectories, and the solver's state from which to warm start."""
     if isinstance(solver, DeerSolver):
-        # The whole horizon is one window. So there is nothing to be checkpointed.
-        steps, adjoint = 1, dfx.DirectAdjoint()
+        # The whole horizon is one window.
+        steps, adjoint = 1, DeerAdjoint()
     else:
         steps, adjoint = points, dfx.RecursiveCheckpointAdjoint()
 
