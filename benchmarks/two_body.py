@@ -13,27 +13,15 @@ import diffrax as dfx
 import jax
 import jax.numpy as jnp
 from _timing import environment, measure
+from _two_body import exact, initial_value, T, term
 from diffrax_deer import ConstantGuess, DeerSolver
 
 
 jax.config.update("jax_enable_x64", True)
 
-T = 10.0
 SUBSTEPS = 128
 SAVES = 10_001
-
-
-def vector_field(t, y, args):
-    x, v = jnp.split(y, 2)
-    x1, x2 = jnp.split(x, 2)
-    r = x1 - x2
-    a = -r / jnp.sum(r**2) ** 1.5
-    return jnp.concatenate([v, a, -a])
-
-
-term = dfx.ODETerm(vector_field)
-# A distance of 1; at speeds of `sqrt(1 / 2)` the orbits would be circles.
-y0 = jnp.array([0.5, 0.0, -0.5, 0.0, 0.0, 0.7, 0.0, -0.7])
+y0 = initial_value()
 ts = jnp.linspace(0, T, SAVES)
 
 
@@ -95,17 +83,8 @@ def main():
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = parser.parse_args()
 
-    exact = dfx.diffeqsolve(
-        term,
-        dfx.Dopri8(),
-        0,
-        T,
-        None,
-        y0,
-        stepsize_controller=dfx.PIDController(rtol=1e-13, atol=1e-13),
-        saveat=dfx.SaveAt(ts=ts),
-    ).ys
-    assert exact is not None
+    reference = exact(y0, ts)
+    assert reference is not None
     solutions = {
         "Tsit5, 10,001 saves": tsit5,
         "Tsit5": tsit5_end,
@@ -133,21 +112,21 @@ def main():
     )
     rows = []
     for timings in tables:
-        reference = next(iter(timings.values()))
+        first = next(iter(timings.values()))
         for name, timing in timings.items():
             low, high = timing.spread
             row = dict(
                 name=name,
                 median_ms=1e3 * timing.median,
                 quartiles_ms=[1e3 * low, 1e3 * high],
-                speed_ratio=reference.median / timing.median,
+                speed_ratio=first.median / timing.median,
                 compile_seconds=timing.compile_seconds,
-                compile_ratio=timing.compile_seconds / reference.compile_seconds,
+                compile_ratio=timing.compile_seconds / first.compile_seconds,
             )
             error = ""
             if name in solutions:
                 ys = timing.output
-                row["error"] = float(jnp.max(jnp.abs(ys - exact[-len(ys) :])))
+                row["error"] = float(jnp.max(jnp.abs(ys - reference[-len(ys) :])))
                 error = f"{row['error']:10.1e}"
             rows.append(row)
             quartiles = f"{1e3 * low:.3f}-{1e3 * high:.3f}"

@@ -75,10 +75,11 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     - Derivatives are obtained from the implicit function theorem, in any mode and of
         any order that `diffeqsolve(..., adjoint=...)` supports. They are those of the
         wrapped solver.
-    - Events are looked for at the ends of windows. A boolean event ends the solve at
-        the end of the window in which it becomes true, and of a floating event which
-        changes sign twice within one window neither change is seen. If this matters
-        then use smaller windows.
+    - With [`diffrax_deer.DeerAdjoint`][], saving, backpropagation and events are also
+        parallel over time. With any other adjoint, events are looked for at the ends of
+        windows. Then a boolean event ends the solve at the end of the window in which
+        it becomes true, and of a floating event which changes sign twice within one
+        window neither change is seen.
     - `SaveAt(steps=True)` saves the ends of windows. `SaveAt(dense=True)` keeps all
         substeps of all windows, for which it allocates `max_steps * substeps` of what
         the wrapped solver would keep for one step. So set `max_steps` to the number of

@@ -5,8 +5,6 @@ trajectories. So every training step solves a differential equation. This is don
 DEER, in parallel over time, and then once more with Tsit5, step after step: from the
 same seed, on the same grid, and so with the same losses.
 
-The first guess of each trajectory is its solution when it was last drawn.
-
 An interrupted run can be continued with --resume. On a CPU it then ends with exactly
 the same parameters as if it had never been interrupted. (On a GPU that takes
 XLA_FLAGS=--xla_gpu_deterministic_ops=true.)
@@ -28,7 +26,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
 import optax
 from _common import (
@@ -40,8 +37,8 @@ from _common import (
     start_run,
     write_json,
 )
-from diffrax_deer import DeerAdjoint, DeerSolver, DeerState
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from diffrax_deer import DeerAdjoint, DeerSolver
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 
@@ -188,19 +185,18 @@ def predict(
     hamiltonian: eqx.nn.MLP,
     y0s: Float[Array, "batch 8"],
     horizon: Float[Array, ""],
-    warm_start: DeerState | None = None,
     *,
     solver: dfx.AbstractSolver,
     points: int,
-) -> tuple[Float[Array, "batch points 8"], PyTree[Array]]:
-    """Returns the trajectories, and the solver's state from which to warm start."""
+) -> tuple[Float[Array, "batch points 8"], Int[Array, " batch"] | None]:
+    """Returns the trajectories, and the number of iterations made for each of them."""
     if isinstance(solver, DeerSolver):
         # The whole horizon is one window.
         steps, adjoint = 1, DeerAdjoint()
     else:
         steps, adjoint = points, dfx.RecursiveCheckpointAdjoint()
 
-    def solve(y0, solver_state):
+    def solve(y0):
         return dfx.diffeqsolve(
             dfx.ODETerm(vector_field),
             solver,
@@ -209,23 +205,13 @@ def predict(
             dt0=horizon / steps,
             y0=y0,
             args=hamiltonian,
-            saveat=dfx.SaveAt(ts=save_times(horizon, points), solver_state=True),
-            solver_state=solver_state,
+            saveat=dfx.SaveAt(ts=save_times(horizon, points)),
             adjoint=adjoint,
             max_steps=steps,
         )
 
-    sol = jax.vmap(solve)(y0s, warm_start)
-    return cast(Array, sol.ys), sol.solver_state
-
-
-def no_warm_start(
-    solver: DeerSolver, hamiltonian: eqx.nn.MLP, y0s: Float[Array, "batch 8"]
-) -> DeerState:
-    term = dfx.ODETerm(vector_field)
-    time = jnp.zeros((), y0s.dtype)
-    init = lambda y0: solver.init(term, time, time, y0, hamiltonian)
-    return jax.vmap(init)(y0s)
+    sol = jax.vmap(solve)(y0s)
+    return cast(Array, sol.ys), sol.stats.get("num_iterations")
 
 
 #
@@ -265,8 +251,6 @@ class Learner(eqx.Module):
 
     hamiltonian: eqx.nn.MLP
     opt_state: optax.OptState
-    # The last solution of every training trajectory. Only with DEER.
-    warm_start: DeerState | None
 
 
 class Batch(eqx.Module):
@@ -281,10 +265,8 @@ class History(eqx.Module):
 
     loss: np.ndarray
     seconds: np.ndarray
-    # For each trajectory of the batch: the number of iterations, and whether they began
-    # at its last solution. Only with DEER.
+    # For each trajectory of the batch. Only with DEER.
     iterations: np.ndarray
-    warm: np.ndarray
     compile_seconds: np.ndarray
 
 
@@ -299,31 +281,19 @@ class Checkpoint(eqx.Module):
 
 
 def make_train_step(solver, optimiser, points):
-    def loss_fn(hamiltonian, batch, warm_start):
-        ys, solver_state = predict(
-            hamiltonian,
-            batch.y0s,
-            batch.horizon,
-            warm_start,
-            solver=solver,
-            points=points,
+    def loss_fn(hamiltonian, batch):
+        ys, iterations = predict(
+            hamiltonian, batch.y0s, batch.horizon, solver=solver, points=points
         )
-        return jnp.mean((ys - batch.truth) ** 2), solver_state
+        return jnp.mean((ys - batch.truth) ** 2), iterations
 
     def train_step(learner: Learner, batch: Batch):
-        old = jtu.tree_map(lambda x: x[batch.indices], learner.warm_start)
-        (loss, new), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(
-            learner.hamiltonian, batch, old
+        (loss, iterations), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(
+            learner.hamiltonian, batch
         )
         updates, opt_state = optimiser.update(grads, learner.opt_state)
         hamiltonian = eqx.apply_updates(learner.hamiltonian, updates)
-        if old is None:
-            return Learner(hamiltonian, opt_state, None), loss, 0, False
-        warm_start = jtu.tree_map(
-            lambda x, x_new: x.at[batch.indices].set(x_new), learner.warm_start, new
-        )
-        learner = Learner(hamiltonian, opt_state, warm_start)
-        return learner, loss, new.num_iterations, old.t1 == batch.horizon
+        return Learner(hamiltonian, opt_state), loss, iterations
 
     return train_step
 
@@ -336,18 +306,13 @@ def initial_checkpoint(
 ) -> Checkpoint:
     hamiltonian = experiment.hamiltonian
     opt_state = optimiser.init(eqx.filter(hamiltonian, eqx.is_array))
-    if isinstance(solver, DeerSolver):
-        warm_start = no_warm_start(solver, hamiltonian, experiment.train_y0s)
-    else:
-        warm_start = None
     history = History(
         loss=np.zeros(preset.steps),
         seconds=np.zeros(preset.steps),
         iterations=np.zeros((preset.steps, preset.batch_size), int),
-        warm=np.zeros((preset.steps, preset.batch_size), bool),
         compile_seconds=np.zeros(()),
     )
-    return Checkpoint(Learner(hamiltonian, opt_state, warm_start), 0, history)
+    return Checkpoint(Learner(hamiltonian, opt_state), 0, history)
 
 
 def train(
@@ -396,17 +361,17 @@ def train(
         batch = make_batch(step)
         start = time.perf_counter()
         learner, *outputs = train_step(learner, batch)
-        loss, iterations, warm = jax.device_get(outputs)
+        loss, iterations = jax.device_get(outputs)
         history.seconds[step] = time.perf_counter() - start
         history.loss[step] = loss
-        history.iterations[step] = iterations
-        history.warm[step] = warm
+        if iterations is not None:
+            history.iterations[step] = iterations
 
         done = step + 1
         if done % preset.checkpoint_every == 0 or done == preset.steps:
             save_leaves(path, Checkpoint(learner, done, history))
         text = f"loss {loss:.2e}, horizon {batch.horizon:.3g}"
-        if isinstance(solver, DeerSolver):
+        if iterations is not None:
             text += f", {np.mean(iterations):.1f} iterations"
         bar.set_postfix_str(text, refresh=False)
         bar.update()
@@ -461,14 +426,6 @@ def run_solver(
     return Result(hamiltonian, history, untrained, val_loss, test_loss)
 
 
-def mean_iterations(history: History) -> dict[str, float | None]:
-    mean = lambda x: float(np.mean(x)) if x.size > 0 else None
-    return dict(
-        cold=mean(history.iterations[~history.warm]),
-        warm=mean(history.iterations[history.warm]),
-    )
-
-
 def loss_difference(results: dict[str, Result]) -> np.ndarray:
     """The relative difference of the losses in every step."""
     deer, tsit5 = (result.history.loss for result in results.values())
@@ -489,7 +446,8 @@ def summarise(results: dict[str, Result], settings: dict[str, Any]) -> dict[str,
         for name, result in results.items()
     }
     if "DEER" in results:
-        solvers["DEER"]["mean_iterations"] = mean_iterations(results["DEER"].history)
+        iterations = results["DEER"].history.iterations
+        solvers["DEER"]["mean_iterations"] = float(np.mean(iterations))
     packages = ["diffrax-deer", "diffrax", "equinox", "jax", "jaxlib", "optax"]
     return dict(
         settings=settings,
@@ -517,9 +475,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         values = (form.format(solver[key]) for solver in solvers.values())
         print(f"{label:30}" + "".join(f"{value:>12}" for value in values))
     if "DEER" in solvers:
-        for start, mean in solvers["DEER"]["mean_iterations"].items():
-            if mean is not None:
-                print(f"{'iterations, ' + start + ' start':30}{mean:>12.2f}")
+        mean = solvers["DEER"]["mean_iterations"]
+        print(f"{'iterations':30}{mean:>12.2f}")
     difference = summary["max_relative_loss_difference"]
     if difference is not None:
         print(
