@@ -188,11 +188,17 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
     zeros = jtu.tree_map(jnp.zeros_like, (ys, infos))
     t_y0 = jnp.zeros_like(y0) if t_y0 is None else t_y0
     # As a single vector, as if one part of the right-hand side is being differentiated
-    # then JAX wants this of all of them.
-    b, unravel = ravel_pytree((*zeros, t_params, t_times, t_y0))
+    # then JAX wants this of all of them. (Parameters may be of any precision.)
+    with jax.numpy_dtype_promotion("standard"):
+        b, unravel = ravel_pytree((*zeros, t_params, t_times, t_y0))
 
     def flat(fn):
-        return lambda x: ravel_pytree(fn(unravel(x)))[0]
+        def flat_fn(x):
+            out = fn(unravel(x))
+            with jax.numpy_dtype_promotion("standard"):
+                return ravel_pytree(out)[0]
+
+        return flat_fn
 
     x = lax.custom_linear_solve(
         flat(matvec),
