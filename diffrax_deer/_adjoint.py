@@ -227,8 +227,8 @@ class DeerAdjoint(AbstractAdjoint):
         else:
             step_t0s, step_t1s = known_ts[:-1], known_ts[1:]
             num_steps = recording.num_windows * layout.steps_per_window
-            made = jnp.arange(layout.max_steps) < num_steps
-            num_steps = jnp.sum(made & (step_t0s < step_t1s))
+            made = jnp.arange(layout.max_steps, dtype=jnp.int32) < num_steps
+            num_steps = jnp.sum(made & (step_t0s < step_t1s), dtype=jnp.int32)
         last_window = recording.num_windows - 1
         event_substep = last_window * layout.window_size + recording.event_substep
         result = recording.final_state.result
@@ -417,7 +417,7 @@ def _trajectory(
 ) -> Trajectory:
     # What is not used has length zero, and is finite.
     last = jnp.maximum(num_steps, 1) - 1
-    is_used = jnp.arange(layout.max_steps) < num_steps
+    is_used = jnp.arange(layout.max_steps, dtype=jnp.int32) < num_steps
     t1 = jnp.where(num_steps == 0, t0, step_t1s[last])
     step_t0s = jnp.where(is_used, step_t0s, t1)
     step_t1s = jnp.where(is_used, step_t1s, t1)
@@ -428,7 +428,7 @@ def _trajectory(
     num_substeps = num_steps * layout.substeps_per_step
     last = jnp.maximum(num_substeps, 1) - 1
     y1 = jnp.where(num_substeps == 0, y0, ys[last])
-    is_used = jnp.arange(len(ys)) < num_substeps
+    is_used = jnp.arange(len(ys), dtype=jnp.int32) < num_substeps
     ys = jnp.where(is_used[:, None], ys, lax.stop_gradient(y1))
 
     def pad(x):
@@ -503,7 +503,7 @@ def _dense(final_state, trajectory, is_deer, layout, num_steps):
     substeps = layout.substeps_per_step
     starts = trajectory.t0s[::substeps]
     ts = jnp.append(starts, trajectory.t1)
-    index = jnp.arange(len(ts))
+    index = jnp.arange(len(ts), dtype=jnp.int32)
     ts = jnp.where(index == num_steps, trajectory.t1, ts)
     ts = jnp.where(index <= num_steps, ts, jnp.inf)
     infos = trajectory.dense_infos

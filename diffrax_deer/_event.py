@@ -49,7 +49,7 @@ def first_crossing(
         else:
             occurred.append((old > 0) & (new <= 0))
     occurred = jnp.stack(occurred)
-    substep = jnp.argmax(jnp.any(occurred, axis=0))
+    substep = jnp.argmax(jnp.any(occurred, axis=0)).astype(jnp.int32)
     at_substep = occurred[:, substep]
     # Of several at once, only the first one counts.
     mask = at_substep & (jnp.cumsum(at_substep) == 1)

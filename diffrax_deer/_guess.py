@@ -97,7 +97,7 @@ class CoarseGuess(AbstractGuess):
             steps = min(self.steps, substeps)
         # Substeps of length zero, with which a window may be padded, do not count.
         used = jnp.maximum(jnp.searchsorted(ts, ts[-1]), 1)
-        coarse_ts = ts[jnp.arange(steps + 1) * used // steps]
+        coarse_ts = ts[jnp.arange(steps + 1, dtype=jnp.int32) * used // steps]
         coarse_solver = solver if self.solver is None else self.solver
         step = OneStepMap(coarse_solver, terms, y0, args)
 
@@ -115,7 +115,8 @@ class CoarseGuess(AbstractGuess):
                 t0=coarse_ts[i], t1=coarse_ts[i + 1], **dense_info
             ).evaluate(t)
 
-        coarse = jax.vmap(interpolate)(jnp.arange(1, substeps + 1), ts[1:])
+        index = jnp.arange(1, substeps + 1, dtype=jnp.int32)
+        coarse = jax.vmap(interpolate)(index, ts[1:])
         vector_field = step.vector_field
         if vector_field is None:
             return coarse

@@ -44,7 +44,7 @@ def known_times(
 
     def end(n):
         # Only used without an end: then steps are added up.
-        previous = t0 if dt0 is None else t0 + n * dt0
+        previous = t0 if dt0 is None else t0 + n.astype(first.dtype) * dt0
         state_n = advance(controller, state, n - 1)
         # Neither looks at any of what is missing.
         unused: Any = None
@@ -54,7 +54,7 @@ def known_times(
         return jnp.asarray(end, first.dtype)
 
     first = jnp.stack([t0, tnext])
-    later = jax.vmap(end)(jnp.arange(1, num_steps))
+    later = jax.vmap(end)(jnp.arange(1, num_steps, dtype=jnp.int32))
     ts = jnp.concatenate([first, later])[: num_steps + 1]
     # As in `diffeqsolve`, which thus avoids tiny steps at the end.
     fixed_t1 = lax.stop_gradient(t1)

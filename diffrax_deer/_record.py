@@ -190,7 +190,7 @@ class _RecordingController(eqx.Module):
         keep, tprev, tnext, made_jump, inner, result = self.controller.adapt_step_size(
             t0, t1, y0, y1, args, y_error, error_order, state.state
         )
-        num_windows = state.num_windows + jnp.where(keep, 1, 0)
+        num_windows = state.num_windows + jnp.where(keep, 1, 0).astype(jnp.int32)
         event_occurred = keep & (event_occurred > 0)
         if self.max_windows is None:
             full = jnp.array(False)
@@ -240,6 +240,7 @@ def record(
         tnext = windows.ts[windows.steps]
         if max_steps is not None:
             max_steps = -(-max_steps // windows.steps)
+    zero = jnp.array(0, jnp.int32)
     may_be_full = max_steps is None or max_windows < max_steps
     one_step = OneStepMap(windows.solver, kwargs["terms"], init_state.y, kwargs["args"])
     y0 = one_step.ravel(init_state.y)
@@ -248,10 +249,10 @@ def record(
     init_state = dataclasses.replace(
         init_state,
         tnext=tnext,
-        solver_state=_SolverState(solver_state, jnp.array(0), init_state.event_mask),
+        solver_state=_SolverState(solver_state, zero, init_state.event_mask),
         controller_state=_ControllerState(
             controller_state,
-            jnp.array(0),
+            zero,
             jnp.array(False),
             jnp.zeros((), time_dtype),
             jnp.zeros((), time_dtype),
@@ -296,7 +297,7 @@ def record(
         t1s=t1s,
         ys=infos["ys"],
         # A window that failed ends the solve, even if it has been accepted.
-        num_windows=jnp.sum(okay == 1),
+        num_windows=jnp.sum(okay == 1, dtype=jnp.int32),
         full=controller_state.full,
         num_iterations=controller_state.num_iterations.astype(jnp.int32),
         max_window_iterations=controller_state.max_window_iterations.astype(jnp.int32),

@@ -37,19 +37,21 @@ def save(
 
     if subsaveat.t0:
         saved.append(jnp.ones(1, bool))
-        indices.append(jnp.zeros(1, int))
+        indices.append(jnp.zeros(1, jnp.int32))
         ts.append(t0[None])
         ys.append(trajectory.y0[None])
 
     # Without the last step, which ends with `yfinal`.
     if subsaveat.steps > 0:
         max_steps = len(trajectory.ys) // substeps_per_step
-        steps = jnp.arange(subsaveat.steps, max_steps, subsaveat.steps)
+        steps = subsaveat.steps * jnp.arange(
+            1, -(-max_steps // subsaveat.steps), dtype=jnp.int32
+        )
         last = substeps_per_step * steps - 1
         is_saved = steps < num_steps
-        num_saved_steps = jnp.sum(is_saved)
+        num_saved_steps = jnp.sum(is_saved, dtype=jnp.int32)
         ends = jnp.where(is_saved, lax.stop_gradient(trajectory.t1s[last]), jnp.inf)
-        index = num_t0 + jnp.arange(len(steps))
+        index = num_t0 + jnp.arange(len(steps), dtype=jnp.int32)
         if subsaveat.ts is not None:
             index = index + jnp.searchsorted(subsaveat.ts, ends, side="right")
         saved.append(is_saved)
@@ -63,8 +65,8 @@ def save(
     if subsaveat.ts is not None:
         # If nothing is solved then nothing is saved. (An event at the very beginning.)
         is_saved = (subsaveat.ts <= tfinal) & ((num_steps > 0) | (t0 == tfinal))
-        num_ts = jnp.sum(is_saved)
-        index = num_t0 + jnp.arange(len(subsaveat.ts))
+        num_ts = jnp.sum(is_saved, dtype=jnp.int32)
+        index = num_t0 + jnp.arange(len(subsaveat.ts), dtype=jnp.int32)
         if ends is not None:
             index = index + jnp.searchsorted(ends, subsaveat.ts)
         saved.append(is_saved)
@@ -80,7 +82,8 @@ def save(
         is_saved = jnp.array(subsaveat.t1)
     if subsaveat.t1 or subsaveat.steps > 0:
         saved.append(is_saved[None])
-        indices.append(jnp.asarray(num_t0 + num_ts + num_saved_steps)[None])
+        index = jnp.asarray(num_t0 + num_ts + num_saved_steps, jnp.int32)
+        indices.append(index[None])
         ts.append(tfinal[None])
         ys.append(jtu.tree_map(lambda y: y[None], yfinal))
 
@@ -90,7 +93,9 @@ def save(
     ys = jax.vmap(lambda t, y: subsaveat.fn(t, y, args))(fn_ts, ys)
     # Those that are not saved would land behind the end.
     size = len(save_state.ts)
-    indices = jnp.where(saved, indices, size + jnp.arange(len(indices)))
+    indices = jnp.where(
+        saved, indices, size + jnp.arange(len(indices), dtype=jnp.int32)
+    )
 
     def write(out, x):
         return out.at[indices].set(x, mode="drop", unique_indices=True)
@@ -99,6 +104,6 @@ def save(
         save_state,
         ts=write(save_state.ts, ts),
         ys=jtu.tree_map(write, save_state.ys, ys),
-        save_index=jnp.sum(saved),
+        save_index=jnp.sum(saved, dtype=jnp.int32),
         saveat_ts_index=num_ts,
     )
