@@ -104,6 +104,7 @@ def main():
     args = parser.parse_args()
 
     reference = exact(y0, ts)
+    assert reference is not None
     env = environment()
     print(", ".join(f"{name} {version}" for name, version in env.items()))
     rows = []

@@ -13,22 +13,40 @@ with jaxtyping.install_import_hook("diffrax_deer", "beartype.beartype"):
 import diffrax
 import jax
 import jax.numpy as jnp
+import optimistix
 
-def solve(y0):
-    saveat = diffrax.SaveAt(t1=True, ts=jnp.array([0.3]), solver_state=True)
+def solve(y0, substeps, controller, adjoint):
+    saveat = diffrax.SaveAt(
+        t1=True, ts=jnp.array([0.3]), steps=True, dense=True, solver_state=True
+    )
+    event = diffrax.Event(
+        lambda t, y, args, **kwargs: jnp.sum(y["a"]) + 1, optimistix.Newton(1e-5, 1e-5)
+    )
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: {"a": -y["b"], "b": y["a"]}),
-        diffrax_deer.DeerSolver(substeps=4),
+        diffrax_deer.DeerSolver(substeps=substeps),
         0,
         1,
-        0.5,
+        0.1,
         y0,
         saveat=saveat,
-        stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3),
+        stepsize_controller=controller,
+        adjoint=adjoint,
+        event=event,
+        max_steps=16,
     )
-    return jnp.sum(sol.ys["a"])
+    return jnp.sum(sol.ys["a"][0])
 
-print(jax.grad(solve)({"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}))
+y0 = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
+pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+clip = diffrax.ClipStepSizeController(pid, jump_ts=[0.5])
+constant = diffrax.ConstantStepSize()
+for args in (
+    (4, pid, diffrax.DirectAdjoint()),
+    (4, clip, diffrax_deer.DeerAdjoint()),
+    (1, constant, diffrax_deer.DeerAdjoint(max_window_points=4)),
+):
+    print(jax.grad(solve)(y0, *args))
 """
 
 
