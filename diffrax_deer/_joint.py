@@ -1,6 +1,8 @@
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
@@ -10,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._custom_types import RealScalarLike
 from ._implicit import implicit_trajectory, without_gradient
 from ._method import AbstractMethod
-from ._scan import AbstractScan
+from ._scan import AbstractScan, Matrices
 from ._step import Window
 
 
@@ -30,12 +32,13 @@ class JointSolution(eqx.Module):
     num_iterations: Int[Array, ""]
     result: RESULTS
     # The linearisation of the last iteration.
-    A: Float[Array, "substeps size size"]
+    A: Matrices
 
 
 class _State(eqx.Module):
     ys: Float[Array, "substeps size"]
-    A: Float[Array, "substeps size size"]
+    A: Matrices
+    method_state: PyTree[Any]
     num_iterations: Int[Array, ""]
     change: Float[Array, ""]
     finite: Bool[Array, ""]
@@ -98,6 +101,7 @@ def _tolerance(rtol, atol, eps, scale):
 
 def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
     substeps, size = guess.shape
+    A_struct = jax.eval_shape(lambda: method.linearise(window, guess))
 
     def cond_fun(state):
         return jnp.invert(state.converged | state.stuck) & (
@@ -114,9 +118,10 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
         # substeps are left as they are, and wait for better values to arrive.
         okay = jnp.isfinite(stepped_ys).all(axis=-1)
         r = jnp.where(okay[:, None], stepped_ys - ys, 0)
-        usable = okay & jnp.isfinite(A).all(axis=(-1, -2))
-        A = jnp.where(usable[:, None, None], A, 0)
-        delta = scan(A, r)
+        A_finite = jnp.isfinite(A.reshape(substeps, -1)).all(axis=-1)
+        usable = (okay & A_finite).reshape(substeps, *[1] * (A.ndim - 1))
+        A = jnp.where(usable, A, 0)
+        delta, method_state = method.correct(scan, A, r, ys, state.method_state)
         okay = okay & jnp.isfinite(delta).all(axis=-1)
         # This sum is arranged such that, up to the front of those substeps that start
         # from a final value, `delta == r` gives the wrapped solver's step to the last
@@ -141,7 +146,11 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
         # are proportional to the values that it starts from and ends at. (To no more
         # than them: a large `A` must not excuse large residuals far from the solution.)
         weights = jnp.minimum(jnp.abs(A), 1)
-        size = jnp.abs(ys) + jnp.sum(weights * jnp.abs(starts)[:, None, :], axis=-1)
+        if A.ndim == ys.ndim:
+            carried = weights * jnp.abs(starts)
+        else:
+            carried = jnp.sum(weights * jnp.abs(starts)[:, None, :], axis=-1)
+        size = jnp.abs(ys) + carried
         rounding_error = _ROUNDING * window.step.eps * size
         stagnates = (
             jnp.all(jnp.abs(r) <= rounding_error)
@@ -154,6 +163,7 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
         return _State(
             ys=new_ys,
             A=A,
+            method_state=method_state,
             num_iterations=num_iterations,
             change=change,
             finite=finite,
@@ -163,7 +173,8 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
 
     state = _State(
         ys=guess,
-        A=jnp.zeros((substeps, size, size), guess.dtype),
+        A=jnp.zeros(A_struct.shape, A_struct.dtype),
+        method_state=method.init(),
         num_iterations=jnp.array(0, jnp.int32),
         # No rate is known yet.
         change=jnp.array(0, guess.dtype),

@@ -15,7 +15,7 @@ from diffrax_deer import (
     SequentialScan,
 )
 from diffrax_deer._interpolation import uniform_grid
-from diffrax_deer._method.deer import matrix_exponential, matrix_polynomial
+from diffrax_deer._method._linearise import matrix_exponential, matrix_polynomial
 from diffrax_deer._step import is_ode, OneStepMap, Window
 
 from .helpers import explicit_solvers, max_error, problem, solver_id

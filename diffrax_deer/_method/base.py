@@ -1,13 +1,16 @@
 import abc
+from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
+from .._scan import AbstractScan, Matrices
 from .._step import Window
 
 
 class AbstractMethod(eqx.Module):
-    r"""Abstract base class for all ways to linearise the substeps of a window.
+    r"""Abstract base class for all ways to linearise the substeps of a window, and to
+    correct the trajectory over it.
 
     A method decides how many iterations a window takes, and what each of them costs. It
     has no influence on the solution (up to tolerance), nor on its derivatives.
@@ -18,7 +21,7 @@ class AbstractMethod(eqx.Module):
         self,
         window: Window,
         ys: Float[Array, "substeps size"],
-    ) -> Float[Array, "substeps size size"]:
+    ) -> Matrices:
         r"""Approximate the Jacobians of all substeps.
 
         **Arguments:**
@@ -29,6 +32,55 @@ class AbstractMethod(eqx.Module):
 
         **Returns:**
 
-        $A_n \approx \frac{\partial \Phi_n}{\partial y}(y_n)$ for $n = 0, \ldots, N-1$.
-        The value of $A_0$ is never used, as $y_0$ is known.
+        $A_n \approx \frac{\partial \Phi_n}{\partial y}(y_n)$ for $n = 0, \ldots, N-1$,
+        either as matrices or only their diagonals. The value of $A_0$ is never used, as
+        $y_0$ is known.
         """
+
+    @abc.abstractmethod
+    def init(self) -> PyTree[Any]:
+        """The state of the method before its first iteration."""
+
+    @abc.abstractmethod
+    def correct(
+        self,
+        scan: AbstractScan,
+        A: Matrices,
+        r: Float[Array, "substeps size"],
+        ys: Float[Array, "substeps size"],
+        state: PyTree[Any],
+    ) -> tuple[Float[Array, "substeps size"], PyTree[Any]]:
+        r"""Find a correction of the trajectory.
+
+        **Arguments:**
+
+        - `scan`: evaluates linear recurrences.
+        - `A`: what `linearise` has returned.
+        - `r`: the residuals $\Phi_n(y_n) - y_{n+1}$.
+        - `ys`: the values that these belong to.
+        - `state`: that of the method.
+
+        **Returns:**
+
+        What to add to `ys`, and the next state. If the first $n$ residuals are zero,
+        then so must be the first $n$ corrections, and the one that follows must equal
+        its residual.
+        """
+
+
+class AbstractUndampedMethod(AbstractMethod):
+    """Corrects by as much as the linearisation says."""
+
+    def init(self) -> None:
+        return None
+
+    def correct(
+        self,
+        scan: AbstractScan,
+        A: Matrices,
+        r: Float[Array, "substeps size"],
+        ys: Float[Array, "substeps size"],
+        state: None,
+    ) -> tuple[Float[Array, "substeps size"], None]:
+        del ys
+        return scan(A, r), state

@@ -2,7 +2,7 @@ import jax.lax as lax
 from jaxtyping import Array, Float
 
 from .associative import AssociativeScan
-from .base import AbstractScan
+from .base import AbstractScan, Matrices
 from .sequential import SequentialScan
 
 
@@ -13,17 +13,22 @@ class AutoScan(AbstractScan):
     """
 
     def __call__(
-        self,
-        A: Float[Array, "substeps size size"],
-        b: Float[Array, "substeps size"],
-        *,
-        reverse: bool = False,
+        self, A: Matrices, b: Float[Array, "substeps size"], *, reverse: bool = False
     ) -> Float[Array, "substeps size"]:
         return lax.platform_dependent(
             A,
             b,
             cpu=lambda A, b: SequentialScan()(A, b, reverse=reverse),
             default=lambda A, b: AssociativeScan()(A, b, reverse=reverse),
+        )
+
+    def damped(
+        self, A: Matrices, b: Float[Array, "substeps size"], damping: Float[Array, ""]
+    ) -> Float[Array, "substeps size"]:
+        return lax.platform_dependent(
+            *(A, b, damping),
+            cpu=SequentialScan().damped,
+            default=AssociativeScan().damped,
         )
 
 
