@@ -4,7 +4,15 @@ from ._guess import (
     CoarseGuess as CoarseGuess,
     ConstantGuess as ConstantGuess,
 )
-from ._method import AbstractMethod as AbstractMethod, DEER as DEER
+from ._method import (
+    AbstractMethod as AbstractMethod,
+    DEER as DEER,
+    ELK as ELK,
+    Jacobi as Jacobi,
+    Picard as Picard,
+    QuasiDEER as QuasiDEER,
+    QuasiELK as QuasiELK,
+)
 from ._scan import (
     AbstractScan as AbstractScan,
     AssociativeScan as AssociativeScan,

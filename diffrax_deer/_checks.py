@@ -31,6 +31,20 @@ def check_tolerance(x: Any, name: str) -> None:
         )
 
 
+def check_damping(x: Any, name: str) -> None:
+    if x is None or isinstance(x, jax.core.Tracer):
+        return
+    if isinstance(x, bool) or not isinstance(
+        x, (int, float, np.number, np.ndarray, jax.Array)
+    ):
+        raise TypeError(f"`{name}` must be a number or `None`, got {x!r}.")
+    if np.shape(x) != () or not x >= 0:
+        raise ValueError(
+            f"`{name}` must not be negative, got {x}. Use `None` to have it chosen "
+            "automatically."
+        )
+
+
 def check_jacobian(x: Any, name: str) -> None:
     if x not in ("linear_ode", "exact"):
         raise ValueError(f"`{name}` must be either 'linear_ode' or 'exact', got {x!r}.")

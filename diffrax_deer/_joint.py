@@ -121,7 +121,9 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
         A_finite = jnp.isfinite(A.reshape(substeps, -1)).all(axis=-1)
         usable = (okay & A_finite).reshape(substeps, *[1] * (A.ndim - 1))
         A = jnp.where(usable, A, 0)
-        delta, method_state = method.correct(scan, A, r, ys, state.method_state)
+        delta, is_final, method_state = method.correct(
+            scan, A, r, ys, state.method_state
+        )
         okay = okay & jnp.isfinite(delta).all(axis=-1)
         # This sum is arranged such that, up to the front of those substeps that start
         # from a final value, `delta == r` gives the wrapped solver's step to the last
@@ -140,7 +142,7 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
         # slowly may hide behind others, as long as these are further away.
         rate = jnp.maximum(change / state.change, _MIN_RATE)
         left = jnp.where(rate < 0.5, change * rate / (1 - rate), jnp.inf)
-        converged = (left < _SAFETY) | (change == 0)
+        converged = ((left < _SAFETY) & is_final) | (change == 0)
         # Over many substeps, rounding errors may add up to more than the tolerance.
         # Then we are done once another iteration does not help. Those made in a substep
         # are proportional to the values that it starts from and ends at. (To no more

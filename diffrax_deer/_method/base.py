@@ -2,7 +2,8 @@ import abc
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Float, PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._scan import AbstractScan, Matrices
 from .._step import Window
@@ -49,7 +50,7 @@ class AbstractMethod(eqx.Module):
         r: Float[Array, "substeps size"],
         ys: Float[Array, "substeps size"],
         state: PyTree[Any],
-    ) -> tuple[Float[Array, "substeps size"], PyTree[Any]]:
+    ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""], PyTree[Any]]:
         r"""Find a correction of the trajectory.
 
         **Arguments:**
@@ -62,9 +63,10 @@ class AbstractMethod(eqx.Module):
 
         **Returns:**
 
-        What to add to `ys`, and the next state. If the first $n$ residuals are zero,
-        then so must be the first $n$ corrections, and the one that follows must equal
-        its residual.
+        What to add to `ys`; whether it may be judged by the size of this how far away
+        the solution is; and the next state. If the first $n$ residuals are zero, then
+        so must be the first $n$ corrections, and the one that follows must equal its
+        residual.
         """
 
 
@@ -81,6 +83,6 @@ class AbstractUndampedMethod(AbstractMethod):
         r: Float[Array, "substeps size"],
         ys: Float[Array, "substeps size"],
         state: None,
-    ) -> tuple[Float[Array, "substeps size"], None]:
+    ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""], None]:
         del ys
-        return scan(A, r), state
+        return scan(A, r), jnp.array(True), state
