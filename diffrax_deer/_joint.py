@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -38,7 +37,6 @@ class JointSolution(eqx.Module):
 class _State(eqx.Module):
     ys: Float[Array, "substeps size"]
     A: Matrices
-    method_state: PyTree[Any]
     num_iterations: Int[Array, ""]
     change: Float[Array, ""]
     finite: Bool[Array, ""]
@@ -121,9 +119,7 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
         A_finite = jnp.isfinite(A.reshape(substeps, -1)).all(axis=-1)
         usable = (okay & A_finite).reshape(substeps, *[1] * (A.ndim - 1))
         A = jnp.where(usable, A, 0)
-        delta, is_final, method_state = method.correct(
-            scan, A, r, ys, state.method_state
-        )
+        delta, is_telling = method.correct(scan, A, r, ys)
         okay = okay & jnp.isfinite(delta).all(axis=-1)
         # This sum is arranged such that, up to the front of those substeps that start
         # from a final value, `delta == r` gives the wrapped solver's step to the last
@@ -142,7 +138,7 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
         # slowly may hide behind others, as long as these are further away.
         rate = jnp.maximum(change / state.change, _MIN_RATE)
         left = jnp.where(rate < 0.5, change * rate / (1 - rate), jnp.inf)
-        converged = ((left < _SAFETY) & is_final) | (change == 0)
+        converged = ((left < _SAFETY) & is_telling) | (change == 0)
         # Over many substeps, rounding errors may add up to more than the tolerance.
         # Then we are done once another iteration does not help. Those made in a substep
         # are proportional to the values that it starts from and ends at. (To no more
@@ -165,7 +161,6 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
         return _State(
             ys=new_ys,
             A=A,
-            method_state=method_state,
             num_iterations=num_iterations,
             change=change,
             finite=finite,
@@ -176,7 +171,6 @@ def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
     state = _State(
         ys=guess,
         A=jnp.zeros(A_struct.shape, A_struct.dtype),
-        method_state=method.init(),
         num_iterations=jnp.array(0, jnp.int32),
         # No rate is known yet.
         change=jnp.array(0, guess.dtype),

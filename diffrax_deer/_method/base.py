@@ -1,9 +1,8 @@
 import abc
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from .._scan import AbstractScan, Matrices
 from .._step import Window
@@ -39,18 +38,13 @@ class AbstractMethod(eqx.Module):
         """
 
     @abc.abstractmethod
-    def init(self) -> PyTree[Any]:
-        """The state of the method before its first iteration."""
-
-    @abc.abstractmethod
     def correct(
         self,
         scan: AbstractScan,
         A: Matrices,
         r: Float[Array, "substeps size"],
         ys: Float[Array, "substeps size"],
-        state: PyTree[Any],
-    ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""], PyTree[Any]]:
+    ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""]]:
         r"""Find a correction of the trajectory.
 
         **Arguments:**
@@ -59,22 +53,17 @@ class AbstractMethod(eqx.Module):
         - `A`: what `linearise` has returned.
         - `r`: the residuals $\Phi_n(y_n) - y_{n+1}$.
         - `ys`: the values that these belong to.
-        - `state`: that of the method.
 
         **Returns:**
 
-        What to add to `ys`; whether it may be judged by the size of this how far away
-        the solution is; and the next state. If the first $n$ residuals are zero, then
-        so must be the first $n$ corrections, and the one that follows must equal its
-        residual.
+        What to add to `ys`, and whether its size tells how far away the solution is. If
+        the first $n$ residuals are zero, then so must be the first $n$ corrections, and
+        the one that follows must equal its residual.
         """
 
 
 class AbstractUndampedMethod(AbstractMethod):
     """Corrects by as much as the linearisation says."""
-
-    def init(self) -> None:
-        return None
 
     def correct(
         self,
@@ -82,7 +71,6 @@ class AbstractUndampedMethod(AbstractMethod):
         A: Matrices,
         r: Float[Array, "substeps size"],
         ys: Float[Array, "substeps size"],
-        state: None,
-    ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""], None]:
+    ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""]]:
         del ys
-        return scan(A, r), jnp.array(True), state
+        return scan(A, r), jnp.array(True)

@@ -14,21 +14,12 @@ from ._linearise import diagonal_jacobians, full_jacobians
 from .base import AbstractMethod
 
 
-# Begin here, if the damping is to be found automatically, ...
-_FIRST_DAMPING = 0.1
-# ...lower or raise it by this factor whenever the residual shrinks or grows, ...
-_FACTOR = 3.0
-# ...between these bounds, and leave it out once it does not matter.
-_MIN_DAMPING = 1e-6
-_MAX_DAMPING = 1e6
-_NO_DAMPING = 1e-6
-
-
-class DampingState(eqx.Module):
-    """The damping of the next iteration, and the size of the last residual."""
-
-    damping: Float[Array, ""]
-    residual: Float[Array, ""]
+# If the damping is to be found automatically, then it is this many times the residual
+# (relative to the size of the state, in the root mean square), ...
+_PER_RESIDUAL = 0.1
+# ...but between these bounds, below which there is none.
+_MIN_DAMPING = 1e-7
+_MAX_DAMPING = 1e-3
 
 
 class AbstractDampedMethod(AbstractMethod):
@@ -36,52 +27,39 @@ class AbstractDampedMethod(AbstractMethod):
 
     damping: AbstractVar[RealScalarLike | None]
 
-    def init(self) -> DampingState:
-        damping = _FIRST_DAMPING if self.damping is None else self.damping
-        return DampingState(
-            jnp.asarray(damping, jnp.result_type(float)),
-            jnp.asarray(jnp.inf, jnp.result_type(float)),
-        )
-
     def correct(
         self,
         scan: AbstractScan,
         A: Matrices,
         r: Float[Array, "substeps size"],
         ys: Float[Array, "substeps size"],
-        state: DampingState,
-    ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""], DampingState]:
+    ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""]]:
         # Measure each component by how large it is.
         scale = jnp.max(jnp.abs(ys), axis=0)
         scale = jnp.where(scale > 0, scale, 1)
         r_scaled = r / scale
-        residual = jnp.sqrt(jnp.mean(r_scaled**2)).astype(state.residual.dtype)
         if self.damping is None:
-            factor = jnp.where(residual < state.residual, 1 / _FACTOR, _FACTOR)
-            factor = jnp.where(jnp.isinf(state.residual), 1, factor)
-            damping = jnp.clip(state.damping * factor, _MIN_DAMPING, _MAX_DAMPING)
             # In proportion to the residual, as then it vanishes quickly enough for
-            # Newton's method to remain quadratic.
-            effective = damping * residual
-            effective = jnp.where(effective < _NO_DAMPING, 0, effective)
-            is_final = effective == 0
+            # Newton's method to remain quadratic. (Yamashita & Fukushima, On the rate
+            # of convergence of the Levenberg-Marquardt method, 2001.)
+            residual = jnp.sqrt(jnp.mean(r_scaled**2))
+            damping = jnp.minimum(_PER_RESIDUAL * residual, _MAX_DAMPING)
+            damping = jnp.where(damping < _MIN_DAMPING, 0, damping)
+            # What is small because of the damping says nothing about the distance.
+            is_telling = damping == 0
         else:
-            effective = damping = state.damping
-            is_final = jnp.array(True)
-        effective = effective.astype(r.dtype)
+            damping = jnp.asarray(self.damping, r.dtype)
+            is_telling = jnp.array(True)
 
         # The first residual that is not zero has no error to be carried away from.
-        n = jnp.arange(len(r), dtype=jnp.int32)
         front = jnp.argmax(jnp.any(r != 0, axis=-1)).astype(jnp.int32)
-        behind = n <= front
+        behind = (jnp.arange(len(r), dtype=jnp.int32) <= front)[:, None]
         if A.ndim == r.ndim:
-            A = jnp.where(behind[:, None], 0, A)
+            A = jnp.where(behind, 0, A)
         else:
-            A = A / scale[:, None] * scale
-            A = jnp.where(behind[:, None, None], 0, A)
-        delta = scan.damped(A, r_scaled, effective) * scale
-        delta = jnp.where(behind[:, None], r, delta)
-        return delta, is_final, DampingState(damping, residual)
+            A = jnp.where(behind[..., None], 0, A / scale[:, None] * scale)
+        delta = scan.damped(A, r_scaled, damping) * scale
+        return jnp.where(behind, r, delta), is_telling
 
 
 class ELK(AbstractDampedMethod):
@@ -123,9 +101,9 @@ class ELK(AbstractDampedMethod):
 ELK.__init__.__doc__ = """**Arguments:**
 
 - `damping`: how much not to trust the linearisation. Not negative. Relative to the size
-    of each component of the state: the correction is halved at 1, if the substep does
-    not amplify it. If `None` then it is lowered whenever the residuals have become
-    smaller, and raised when they have not.
+    of each component of the state: at 1, a correction is halved in every substep that
+    does not amplify it. Good values are below 0.01. If `None` then it is chosen in
+    proportion to the residual, and vanishes close to the solution.
 - `jacobian`: how to linearise a substep, as for [`diffrax_deer.DEER`][].
 """
 
