@@ -25,11 +25,12 @@ from ._event import call_event, event_time
 from ._implicit import implicit_trajectory, without_gradient
 from ._interpolation import uniform_grid
 from ._known_steps import advance, are_known, known_times, move_with
+from ._method import AbstractMethod, DEER
 from ._record import MergedWindows, record, Recording, StepWindows
 from ._save import save
 from ._scan import AbstractScan, AutoScan
 from ._solver import DeerSolver, DeerState
-from ._step import OneStepMap
+from ._step import OneStepMap, Window
 from ._trajectory import Trajectory
 
 
@@ -247,6 +248,7 @@ class DeerAdjoint(AbstractAdjoint):
             recording.ys.reshape(-1, y0.size),
             num_steps,
             solver.scan if type(solver) is DeerSolver else AutoScan(),
+            solver.method if type(solver) is DeerSolver else DEER(),
             _keep_dense_infos(saveat, layout),
         )
         if event is None:
@@ -413,6 +415,7 @@ def _trajectory(
     ys: Float[Array, "substeps size"],
     num_steps: Int[Array, ""],
     scan: AbstractScan,
+    method: AbstractMethod,
     keep_dense_infos: bool,
 ) -> Trajectory:
     # What is not used has length zero, and is finite.
@@ -445,6 +448,12 @@ def _trajectory(
     else:
         dense_infos = None
 
+    # Where the solver does not form the Jacobians, neither do we.
+    window = Window(step, jnp.append(t0s, t1s[-1]), y0)
+    linearise = lambda: method.linearise(window, ys)
+    is_diagonal = jax.eval_shape(linearise).ndim == ys.ndim
+    preconditioner = without_gradient(linearise) if is_diagonal else None
+
     def one_step(t0, t1, y0):
         substep = step.substep(t0, t1, step.unravel(y0))
         dense_info = substep.dense_info if keep_dense_infos else None
@@ -454,6 +463,7 @@ def _trajectory(
     ys, dense_infos = implicit_trajectory(
         *(ys, dense_infos, one_step, t0s, t1s, y0),
         scan=scan,
+        preconditioner=preconditioner,
         chunk_size=layout.chunk_size,
         num_chunks=-(-num_substeps // layout.chunk_size),
     )

@@ -36,6 +36,7 @@ def implicit_trajectory(
     y0: Float[Array, " size"],
     *,
     scan: AbstractScan,
+    preconditioner: Float[Array, "substeps size"] | None,
     chunk_size: int,
     num_chunks: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "substeps size"], PyTree[Float[Array, "substeps ..."]]]:
@@ -46,19 +47,23 @@ def implicit_trajectory(
     By the implicit function theorem the derivative is a linear recurrence, and its
     transpose another one, backwards in time. To bound the memory needed, these work on
     `chunk_size` substeps at a time. Only the first `num_chunks` chunks are in use.
+
+    Without a `preconditioner`, the Jacobians of the substeps are formed. With one, that
+    is with approximations to their diagonals, only products with them are.
     """
-    del step, t0s, t1s, y0, scan, chunk_size, num_chunks
+    del step, t0s, t1s, y0, scan, preconditioner, chunk_size, num_chunks
     return ys, infos
 
 
 @implicit_trajectory.def_jvp
-def _(primals, tangents, *, scan, chunk_size, num_chunks):
+def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
     ys, infos, step, t0s, t1s, y0 = primals
     _, _, t_step, t_t0s, t_t1s, t_y0 = tangents
     # For higher derivatives: the rule below also depends on the solution.
     ys, infos = implicit_trajectory(
         *(ys, infos, step, t0s, t1s, y0),
         scan=scan,
+        preconditioner=preconditioner,
         chunk_size=chunk_size,
         num_chunks=num_chunks,
     )
@@ -128,6 +133,37 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
 
         return jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=ys.dtype))
 
+    def recurrence(index, b):
+        """Solves `x[n + 1] = A[n] x[n] + b[n]`."""
+        if preconditioner is None:
+            A, _ = jacobians(index, at(infos, index))
+            return scan(A, b)
+        fn, (params, times, starts) = substeps_of(index)
+        _, jvp = jax.linearize(lambda starts: fn(params, times, starts)[0], starts)
+        shift = lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
+        D = at(preconditioner, index)
+        return _iterative(lambda x: jvp(shift(x)), lambda r: scan(D, r), b)
+
+    def transpose_recurrence(index, b, ct_infos):
+        """Solves `x[n] = A[n + 1]^T x[n + 1] + b[n]`, where to `b` is added what comes
+        from `infos`.
+        """
+        # What happens at the start of a substep happens at the end of the last one.
+        shift = lambda x: jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
+        if preconditioner is None:
+            A, from_infos = jacobians(index, ct_infos)
+            A_T = shift(jnp.swapaxes(A, -1, -2))
+            return scan(A_T, b + shift(from_infos), reverse=True)
+        fn, (params, times, starts) = substeps_of(index)
+        _, vjp = jax.vjp(lambda starts: fn(params, times, starts), starts)
+        product = lambda x, ct_infos: shift(vjp((x, ct_infos))[0])
+        b = b + product(jnp.zeros_like(b), ct_infos)
+        no_infos = jtu.tree_map(jnp.zeros_like, ct_infos)
+        D = shift(at(preconditioner, index))
+        return _iterative(
+            lambda x: product(x, no_infos), lambda r: scan(D, r, reverse=True), b
+        )
+
     # The derivative is the solution of a linear system, in both the trajectory and its
     # inputs: the inputs are what they are, and the trajectory satisfies the linearised
     # recurrence. By stating this, JAX can differentiate and transpose without looking
@@ -151,8 +187,7 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
             # The value at the start of the chunk is just another input.
             x_starts = jnp.zeros((chunk_size, size), ys.dtype).at[0].set(x_start)
             _, (b, _) = jax.jvp(fn, primals, (*x_inputs, x_starts))
-            A, _ = jacobians(index, at(x_infos, index))
-            x_chunk = scan(A, b + at(x_ys, index))
+            x_chunk = recurrence(index, b + at(x_ys, index))
             x_ys = set_at(x_ys, index, x_chunk)
             x_starts = jnp.concatenate([x_start[None], x_chunk[:-1]])
             _, (_, x_info) = jax.jvp(fn, primals, (*x_inputs, x_starts))
@@ -168,11 +203,8 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
         def body(index, carry):
             x_ys, x_params, x_times, x_end = carry
             x_info = at(x_infos, index)
-            A, from_infos = jacobians(index, x_info)
-            # What happens at the start of a substep happens at the end of the last one.
-            shift = lambda x: jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
-            b = (at(x_ys, index) + shift(from_infos)).at[-1].add(x_end)
-            x_chunk = scan(shift(jnp.swapaxes(A, -1, -2)), b, reverse=True)
+            b = at(x_ys, index).at[-1].add(x_end)
+            x_chunk = transpose_recurrence(index, b, x_info)
             x_ys = set_at(x_ys, index, x_chunk)
             fn, primals = substeps_of(index)
             _, vjp = jax.vjp(fn, *primals)
@@ -208,3 +240,37 @@ def _(primals, tangents, *, scan, chunk_size, num_chunks):
     )
     t_ys, t_infos, *_ = unravel(x)
     return (ys, infos), (t_ys, t_infos)
+
+
+# A residual below this many rounding errors cannot be told from zero.
+_ROUNDING = 16
+
+
+def _iterative(product, solve, b):
+    """Solves `x = product(x) + b`, if that is a recurrence that `solve` solves roughly.
+
+    Every iteration makes one more term of it exact, to the last bit, so that there are
+    at most as many of them as terms. Usually there are few.
+    """
+    eps = float(jnp.finfo(b.dtype).eps)
+    size_of = lambda x: jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+
+    def cond_fun(carry):
+        _, is_done, num_iterations = carry
+        return jnp.invert(is_done) & (num_iterations < len(b))
+
+    def body_fun(carry):
+        x, _, num_iterations = carry
+        A_x = product(x)
+        new_x = A_x + b
+        r = jnp.where(jnp.isfinite(new_x), new_x - x, 0)
+        rounding_error = _ROUNDING * eps * (size_of(x) + size_of(A_x) + size_of(b))
+        is_done = jnp.all(jnp.abs(new_x - x) <= rounding_error)
+        new_x = new_x + (solve(r) - r)
+        # Beyond the terms that are known already, this may go anywhere.
+        new_x = jnp.where(jnp.isfinite(new_x), new_x, x)
+        return new_x, is_done, num_iterations + 1
+
+    zero = jnp.array(0, jnp.int32)
+    x, _, _ = lax.while_loop(cond_fun, body_fun, (b, jnp.array(False), zero))
+    return x

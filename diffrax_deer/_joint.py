@@ -81,6 +81,7 @@ def joint_solve(
     ys, _ = implicit_trajectory(
         *(ys, None, step, t0s, t1s, window.y0),
         scan=scan,
+        preconditioner=solution.A if solution.A.ndim == ys.ndim else None,
         chunk_size=ys.shape[0],
         num_chunks=1,
     )

@@ -1,6 +1,7 @@
 from typing import Literal
 
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 from equinox import AbstractVar
@@ -58,8 +59,12 @@ class AbstractDampedMethod(AbstractMethod):
             A = jnp.where(behind, 0, A)
         else:
             A = jnp.where(behind[..., None], 0, A / scale[:, None] * scale)
-        delta = scan.damped(A, r_scaled, damping) * scale
-        return jnp.where(behind, r, delta), is_telling
+        delta = lax.cond(
+            damping == 0,
+            lambda: scan(A, r_scaled),
+            lambda: scan.damped(A, r_scaled, damping),
+        )
+        return jnp.where(behind, r, delta * scale), is_telling
 
 
 class ELK(AbstractDampedMethod):
