@@ -1,0 +1,267 @@
+"""All methods lead to the same solution, and to the same derivatives."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffrax import ODETerm, RESULTS
+from diffrax_deer import (
+    AssociativeScan,
+    ConstantGuess,
+    DEER,
+    DeerAdjoint,
+    DeerSolver,
+    ELK,
+    Jacobi,
+    Picard,
+    QuasiDEER,
+    QuasiELK,
+    SequentialScan,
+)
+from diffrax_deer._method._linearise import diagonal_jacobians, full_jacobians
+from diffrax_deer._step import OneStepMap, Window
+
+from .helpers import diffeqsolve, max_error, root_finder, sequential
+
+
+methods = {
+    "DEER": DEER(),
+    "QuasiDEER": QuasiDEER(),
+    "Hutchinson": QuasiDEER(samples=2),
+    "ELK": ELK(),
+    "QuasiELK": QuasiELK(),
+    "damped ELK": ELK(0.01),
+    "damped QuasiELK": QuasiELK(jnp.array(0.01)),
+    "Picard": Picard(),
+    "Jacobi": Jacobi(),
+}
+
+
+def lotka_volterra(t, y, args):
+    return jnp.stack([y[0] * (1.5 - y[1]), y[1] * (y[0] - 3)])
+
+
+def van_der_pol(t, y, args):
+    return jnp.stack([y[1], 2 * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def two_body(t, y, args):
+    r = y[:2] - y[2:4]
+    a = r / jnp.sum(r**2) ** 1.5
+    return jnp.concatenate([y[4:], -a, a])
+
+
+def lorenz(t, y, args):
+    x, y, z = y
+    return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+
+
+_weight = np.random.default_rng(0).normal(size=(64, 64)) / 8
+
+
+def neural(t, y, args):
+    return jnp.tanh(_weight @ y) - 0.1 * y
+
+
+# The vector field, the initial value, and the length and the number of the substeps. Of
+# these there are 64 in a window.
+problems = {
+    "Lotka-Volterra": (lotka_volterra, np.array([1.0, 1.0]), 10 / 256, 256),
+    "van der Pol": (van_der_pol, np.array([2.0, 0.0]), 10 / 512, 512),
+    "two bodies": (
+        two_body,
+        np.array([0.5, 0.0, -0.5, 0.0, 0.0, 0.7, 0.0, -0.7]),
+        10 / 128,
+        128,
+    ),
+    "Lorenz": (lorenz, np.array([1.0, 1.0, 1.0]), 2 / 512, 512),
+    "neural": (neural, np.linspace(-1, 1, 64), 4 / 64, 64),
+}
+
+
+@pytest.fixture(scope="module", params=problems, ids=lambda x: x)
+def problem(request):
+    vector_field, y0, dt, steps = problems[request.param]
+    term, y0 = ODETerm(vector_field), jnp.asarray(y0)
+    ts = dt * np.arange(steps + 1)
+    return term, y0, ts, sequential(term, diffrax.Tsit5(), ts, y0).ys
+
+
+@pytest.mark.parametrize("method", methods.values(), ids=methods)
+def test_same_solution(problem, method):
+    term, y0, ts, reference = problem
+    sol = diffeqsolve(
+        term,
+        DeerSolver(diffrax.Tsit5(), 64, method=method),
+        0,
+        ts[-1],
+        64 * ts[1],
+        y0,
+        max_steps=16,
+    )
+    assert max_error(sol.ys, reference) < 1e-8
+
+
+@pytest.mark.parametrize("scan", (SequentialScan(), AssociativeScan()))
+def test_damping_converges_where_newton_does_not(scan):
+    # In a single window, from a constant guess.
+    vector_field, y0, dt, steps = problems["van der Pol"]
+    term, y0 = ODETerm(vector_field), jnp.asarray(y0)
+
+    def solve(method):
+        solver = DeerSolver(
+            *(diffrax.Tsit5(), steps),
+            method=method,
+            scan=scan,
+            guess=ConstantGuess(),
+            max_iters=100,
+        )
+        t1 = steps * dt
+        return diffeqsolve(term, solver, 0, t1, t1, y0, max_steps=1, throw=False)
+
+    ts = dt * np.arange(steps + 1)
+    reference = sequential(term, diffrax.Tsit5(), ts, y0).ys
+    for method in (DEER(), QuasiDEER()):
+        sol = solve(method)
+        assert sol.result != RESULTS.successful
+        assert jnp.all(sol.ys == y0)
+    for method in (ELK(), QuasiELK()):
+        assert max_error(solve(method).ys, reference) < 1e-8
+
+
+@pytest.mark.parametrize(
+    "method,adjoint",
+    (
+        (ELK(), DeerAdjoint()),
+        (QuasiDEER(), DeerAdjoint()),
+        (QuasiDEER(), diffrax.DirectAdjoint()),
+        (QuasiELK(), DeerAdjoint()),
+        (Picard(), DeerAdjoint()),
+        (Jacobi(), DeerAdjoint()),
+    ),
+    ids=lambda x: type(x).__name__,
+)
+def test_same_derivatives(method, adjoint):
+    def loss(y0, a, t1, solver, dt0, max_steps, adjoint):
+        sol = diffeqsolve(
+            ODETerm(lambda t, y, a: a * van_der_pol(t, y, None)),
+            solver,
+            0,
+            t1,
+            dt0,
+            y0,
+            a,
+            saveat=diffrax.SaveAt(ts=t1 * jnp.linspace(0.1, 1, 5)),
+            max_steps=max_steps,
+            adjoint=adjoint,
+        )
+        return jnp.sum(jnp.sin(sol.ys))
+
+    grad = jax.grad(loss, argnums=(0, 1, 2))
+    inputs = (jnp.array([2.0, 0.0]), jnp.array(1.1), jnp.array(2.1))
+    deer = DeerSolver(diffrax.Tsit5(), 16, method=method)
+    out = jax.jit(lambda *x: grad(*x, deer, 1.0, 4, adjoint))(*inputs)
+    plain = DeerSolver(diffrax.Tsit5(), 16)
+    direct = diffrax.DirectAdjoint()
+    reference = jax.jit(lambda *x: grad(*x, plain, 1.0, 4, direct))(*inputs)
+    assert max_error(out, reference) < 1e-9
+
+
+def test_memory_of_diagonal_methods():
+    size, substeps = 256, 1024
+    weight = np.random.default_rng(0).normal(size=(size, size)) / 16
+
+    def memory(method, grad):
+        def solve(y0):
+            sol = diffeqsolve(
+                ODETerm(lambda t, y, args: jnp.tanh(weight @ y) - y),
+                DeerSolver(diffrax.Tsit5(), substeps, method=method),
+                0,
+                1,
+                1,
+                y0,
+                adjoint=DeerAdjoint(),
+                max_steps=1,
+            )
+            return jnp.sum(sol.ys)
+
+        fn = jax.grad(solve) if grad else solve
+        y0 = jax.ShapeDtypeStruct((size,), jnp.float32)
+        compiled = jax.jit(fn).lower(y0).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    for grad in (False, True):
+        assert memory(QuasiDEER(), grad) < memory(DEER(), grad) / 20
+
+
+@pytest.mark.parametrize(
+    "solver", (diffrax.Tsit5(), diffrax.Kvaerno3(root_finder=root_finder))
+)
+def test_diagonals(solver):
+    # Exact for a diagonal linear equation with constant coefficients.
+    rates = jnp.array([-1.0, 0.3, -5.0])
+    term = ODETerm(lambda t, y, args: rates * y)
+    y0, ts = jnp.ones(3), jnp.linspace(0, 1, 9)
+    window = Window(OneStepMap(solver, term, y0, None), ts, y0)
+    ys = jnp.ones((8, 3))
+    exact = jax.vmap(jnp.diag)(full_jacobians(window, ys, exact=True))
+    for kwargs in (
+        dict(exact=True, samples=None, key=None),
+        dict(exact=False, samples=None, key=None),
+        dict(exact=True, samples=1, key=jax.random.key(1)),
+        dict(exact=False, samples=1, key=jax.random.key(1)),
+    ):
+        out = diagonal_jacobians(window, ys, **kwargs)
+        tol = 1e-12 if kwargs["exact"] or isinstance(solver, diffrax.Tsit5) else 1e-2
+        assert max_error(out[1:], exact[1:]) < tol
+
+
+@pytest.mark.parametrize("damping", (0.0, 0.1, 10.0))
+@pytest.mark.parametrize("size", (1, 3))
+def test_damped_scans(size, damping):
+    rng = np.random.default_rng(0)
+    substeps = 21
+    A = rng.normal(size=(substeps, size, size))
+    diagonal = rng.normal(size=(substeps, size))
+    b = rng.normal(size=(substeps, size))
+
+    def reference(A):
+        # The textbook's Kalman filter.
+        x, P, xs = np.zeros(size), np.zeros((size, size)), []
+        for n in range(substeps):
+            x, P = A[n] @ x + b[n], A[n] @ P @ A[n].T + np.eye(size)
+            if damping > 0:
+                gain = P @ np.linalg.inv(P + np.eye(size) / damping)
+                x, P = x - gain @ x, P - gain @ P
+            xs.append(x)
+        return np.stack(xs)
+
+    full = np.stack([np.diag(x) for x in diagonal])
+    for scan in (SequentialScan(), AssociativeScan()):
+        args = jnp.asarray(b), jnp.asarray(damping)
+        assert max_error(scan.damped(jnp.asarray(A), *args), reference(A)) < 1e-12
+        out = scan.damped(jnp.asarray(diagonal), *args)
+        assert max_error(out, reference(full)) < 1e-12
+        for reverse in (False, True):
+            out = scan(jnp.asarray(diagonal), jnp.asarray(b), reverse=reverse)
+            expected = scan(jnp.asarray(full), jnp.asarray(b), reverse=reverse)
+            assert max_error(out, expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "make,error,message",
+    (
+        (lambda: ELK(-1), ValueError, r"ELK\(damping=...\).*negative"),
+        (lambda: ELK(float("nan")), ValueError, "damping"),
+        (lambda: QuasiELK("much"), TypeError, r"QuasiELK\(damping=...\)"),
+        (lambda: ELK(jacobian="none"), ValueError, r"ELK\(jacobian=...\)"),
+        (lambda: QuasiELK(jacobian="none"), ValueError, r"QuasiELK\(jacobian=...\)"),
+        (lambda: QuasiDEER(jacobian="none"), ValueError, r"QuasiDEER\(jacobian=...\)"),
+        (lambda: QuasiDEER(samples=0), ValueError, r"QuasiDEER\(samples=...\)"),
+        (lambda: QuasiELK(samples=1.5), TypeError, r"QuasiELK\(samples=...\)"),
+    ),
+)
+def test_bad_input(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
