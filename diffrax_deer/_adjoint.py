@@ -62,12 +62,16 @@ class _Layout(eqx.Module):
         return self.max_windows * self.steps_per_window
 
     @property
+    def max_substeps(self) -> int:
+        return self.max_steps * self.substeps_per_step
+
+    @property
     def window_size(self) -> int:
         return self.steps_per_window * self.substeps_per_step
 
     @property
     def num_chunks(self) -> int:
-        return -(-self.max_steps * self.substeps_per_step // self.chunk_size)
+        return -(-self.max_substeps // self.chunk_size)
 
 
 class DeerAdjoint(AbstractAdjoint):
@@ -245,7 +249,7 @@ class DeerAdjoint(AbstractAdjoint):
             y0,
             step_t0s,
             step_t1s,
-            recording.ys.reshape(-1, y0.size),
+            recording.ys.reshape(layout.max_substeps, y0.size),
             num_steps,
             solver.scan if type(solver) is DeerSolver else AutoScan(),
             solver.method if type(solver) is DeerSolver else DEER(),
@@ -269,6 +273,7 @@ class DeerAdjoint(AbstractAdjoint):
                 subsaveat,
                 save_state,
                 trajectory,
+                t1,
                 tfinal,
                 yfinal,
                 num_steps,
@@ -518,7 +523,8 @@ def _dense(final_state, trajectory, is_deer, layout, num_steps):
     ts = jnp.where(index <= num_steps, ts, jnp.inf)
     infos = trajectory.dense_infos
     if is_deer:
-        infos = jtu.tree_map(lambda x: x.reshape(-1, substeps, *x.shape[1:]), infos)
+        shape = (len(starts), substeps)
+        infos = jtu.tree_map(lambda x: x.reshape(*shape, *x.shape[1:]), infos)
         infos = dict(dense_infos=infos)
     return dataclasses.replace(
         final_state, dense_ts=ts, dense_infos=infos, dense_save_index=num_steps

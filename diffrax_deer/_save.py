@@ -16,6 +16,7 @@ def save(
     subsaveat: SubSaveAt,
     save_state: Any,
     trajectory: Trajectory,
+    t1: Real[Array, ""],
     tfinal: Real[Array, ""],
     yfinal: PyTree[Array],
     num_steps: IntScalarLike,
@@ -25,7 +26,7 @@ def save(
     """All that Diffrax saves, in the order in which it does so, but in one batch.
 
     `save_state` is what Diffrax has allocated for it. The solution ends at `tfinal`
-    with the value `yfinal`, which is where the trajectory ends or an event before that.
+    with the value `yfinal`: at an event, where it failed, or at the intended end `t1`.
     """
     t0 = trajectory.t0s[0]
     # One item for each kind of thing that is saved: which ones really are, where to,
@@ -64,7 +65,7 @@ def save(
 
     if subsaveat.ts is not None:
         # If nothing is solved then nothing is saved. (An event at the very beginning.)
-        is_saved = (subsaveat.ts <= tfinal) & ((num_steps > 0) | (t0 == tfinal))
+        is_saved = (subsaveat.ts <= tfinal) & ((num_steps > 0) | (t0 == t1))
         num_ts = jnp.sum(is_saved, dtype=jnp.int32)
         index = num_t0 + jnp.arange(len(subsaveat.ts), dtype=jnp.int32)
         if ends is not None:

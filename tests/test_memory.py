@@ -1,5 +1,7 @@
 """The memory that `DeerAdjoint` says it needs, against XLA's own figure."""
 
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ def test_memory_per_window(size, dtype):
             return jnp.sum(sol.ys)  # pyright: ignore
 
         y0 = jax.ShapeDtypeStruct((size,), dtype)
-        compiled = jax.jit(jax.grad(loss)).lower(y0).compile()
+        compiled: Any = jax.jit(jax.grad(loss)).lower(y0).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     per_window = (memory(1000) - memory(500)) / 500

@@ -1,5 +1,7 @@
 """All methods lead to the same solution, and to the same derivatives."""
 
+from typing import Any, cast
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -188,7 +190,7 @@ def test_memory_of_diagonal_methods():
 
         fn = jax.grad(solve) if grad else solve
         y0 = jax.ShapeDtypeStruct((size,), jnp.float32)
-        compiled = jax.jit(fn).lower(y0).compile()
+        compiled: Any = jax.jit(fn).lower(y0).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     for grad in (False, True):
@@ -206,12 +208,13 @@ def test_diagonals(solver):
     window = Window(OneStepMap(solver, term, y0, None), ts, y0)
     ys = jnp.ones((8, 3))
     exact = jax.vmap(jnp.diag)(full_jacobians(window, ys, exact=True))
-    for kwargs in (
+    all_kwargs: list[dict[str, Any]] = [
         dict(exact=True, samples=None, key=None),
         dict(exact=False, samples=None, key=None),
         dict(exact=True, samples=1, key=jax.random.key(1)),
         dict(exact=False, samples=1, key=jax.random.key(1)),
-    ):
+    ]
+    for kwargs in all_kwargs:
         out = diagonal_jacobians(window, ys, **kwargs)
         tol = 1e-12 if kwargs["exact"] or isinstance(solver, diffrax.Tsit5) else 1e-2
         assert max_error(out[1:], exact[1:]) < tol
@@ -254,12 +257,24 @@ def test_damped_scans(size, damping):
     (
         (lambda: ELK(-1), ValueError, r"ELK\(damping=...\).*negative"),
         (lambda: ELK(float("nan")), ValueError, "damping"),
-        (lambda: QuasiELK("much"), TypeError, r"QuasiELK\(damping=...\)"),
-        (lambda: ELK(jacobian="none"), ValueError, r"ELK\(jacobian=...\)"),
-        (lambda: QuasiELK(jacobian="none"), ValueError, r"QuasiELK\(jacobian=...\)"),
-        (lambda: QuasiDEER(jacobian="none"), ValueError, r"QuasiDEER\(jacobian=...\)"),
+        (lambda: QuasiELK(cast(Any, "much")), TypeError, r"QuasiELK\(damping=...\)"),
+        (lambda: ELK(jacobian=cast(Any, "none")), ValueError, r"ELK\(jacobian=...\)"),
+        (
+            lambda: QuasiELK(jacobian=cast(Any, "none")),
+            ValueError,
+            r"QuasiELK\(jacobian=...\)",
+        ),
+        (
+            lambda: QuasiDEER(jacobian=cast(Any, "none")),
+            ValueError,
+            r"QuasiDEER\(jacobian=...\)",
+        ),
         (lambda: QuasiDEER(samples=0), ValueError, r"QuasiDEER\(samples=...\)"),
-        (lambda: QuasiELK(samples=1.5), TypeError, r"QuasiELK\(samples=...\)"),
+        (
+            lambda: QuasiELK(samples=cast(Any, 1.5)),
+            TypeError,
+            r"QuasiELK\(samples=...\)",
+        ),
     ),
 )
 def test_bad_input(make, error, message):
