@@ -540,13 +540,16 @@ def _oscillator(t, y, args):
     return v, -args["a"] * x
 
 
-def test_event_inside_a_window():
+def test_events_inside_windows():
     # At the ends of each of both windows, `x` is on the same side of all levels.
     directions = dict(any=None, down=False, up=True)
     level = lambda name: lambda t, y, args, **kwargs: y[0] - args[name]
-    event = diffrax.Event({k: level(k) for k in directions}, newton, directions)
+    cond_fns: dict[str, Any] = {name: level(name) for name in directions}
+    cond_fns["at_once"] = lambda t, y, args, **kwargs: args["at_once"] > 0
+    event = diffrax.Event(cond_fns, newton, directions | dict(at_once=None))
 
     @jax.jit
+    @jax.vmap
     def solve_and_jacobian(args):
         def solve(args):
             sol = diffeqsolve(
@@ -563,25 +566,35 @@ def test_event_inside_a_window():
                 max_steps=2,
             )
             out = jnp.concatenate([sol.ts, *sol.ys])
-            return out, (out, sol.event_mask, sol.result)
+            return out, (out, sol.event_mask)
 
-        jac, (out, mask, result) = jax.jacrev(solve, has_aux=True)(args)
-        return out, jac, mask, result
+        jac, (out, mask) = jax.jacrev(solve, has_aux=True)(args)
+        return out, jac, mask
 
     def formula(args, name):
         w = jnp.sqrt(args["a"])
-        angle = jnp.arcsin(args[name] * w)
-        t = (angle if name == "up" else jnp.pi - angle) / w
-        return jnp.stack([t, args[name], jnp.cos(w * t)])
+        if name == "none":
+            t = 6.0
+        elif name == "at_once":
+            t = 0.0
+        else:
+            angle = jnp.arcsin(args[name] * w)
+            t = (angle if name == "up" else jnp.pi - angle) / w
+        return jnp.stack([t, jnp.sin(w * t) / w, jnp.cos(w * t)])
 
+    never = dict(any=9.0, down=9.0, up=9.0, at_once=-1.0)
     # That of any direction is in the second window.
-    for name, value in (("any", -0.5), ("down", 0.5), ("up", 0.4)):
-        never = {k: 9.0 for k in directions}
-        args = jtu.tree_map(jnp.array, dict(a=1.3) | never | {name: value})
-        out, jac, mask, result = solve_and_jacobian(args)
-        assert result == RESULTS.event_occurred
-        assert mask == {k: k == name for k in directions}
-        assert max_error(out, formula(args, name)) < 1e-6
+    once = dict(any=-0.5, down=0.5, up=0.4, at_once=1.0, none=None)
+    batch = []
+    for name, value in once.items():
+        args = dict(a=1.3) | never
+        batch.append(args if value is None else args | {name: value})
+    batch = jtu.tree_map(lambda *x: jnp.stack(x), *batch)
+    outs, jacs, masks = solve_and_jacobian(batch)
+    for i, name in enumerate(once):
+        args, jac, mask = jtu.tree_map(lambda x: x[i], (batch, jacs, masks))
+        assert mask == {k: k == name for k in never}
+        assert max_error(outs[i], formula(args, name)) < 1e-6
         assert max_error(jac, jax.jacrev(formula)(args, name)) < 1e-5
 
 
