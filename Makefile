@@ -30,6 +30,7 @@ format: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/two_body.py
+	$(BIN)/python benchmarks/adjoint.py
 
 clean:
 	rm -rf $(VENV)
