@@ -146,23 +146,27 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
 
     def transpose_recurrence(index, b, ct_infos):
         """Solves `x[n] = A[n + 1]^T x[n + 1] + b[n]`, where to `b` is added what comes
-        from `infos`.
+        from `infos`. Also returns what would be `x[-1]`, at the start of the chunk.
         """
         # What happens at the start of a substep happens at the end of the last one.
         shift = lambda x: jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])
         if preconditioner is None:
             A, from_infos = jacobians(index, ct_infos)
-            A_T = shift(jnp.swapaxes(A, -1, -2))
-            return scan(A_T, b + shift(from_infos), reverse=True)
+            A_T = jnp.swapaxes(A, -1, -2)
+            x = scan(shift(A_T), b + shift(from_infos), reverse=True)
+            return x, jnp.sum(A_T[0] * x[0], axis=-1) + from_infos[0]
         fn, (params, times, starts) = substeps_of(index)
         _, vjp = jax.vjp(lambda starts: fn(params, times, starts), starts)
-        product = lambda x, ct_infos: shift(vjp((x, ct_infos))[0])
-        b = b + product(jnp.zeros_like(b), ct_infos)
+        product = lambda x, ct_infos: vjp((x, ct_infos))[0]
+        b = b + shift(product(jnp.zeros_like(b), ct_infos))
         no_infos = jtu.tree_map(jnp.zeros_like, ct_infos)
         D = shift(at(preconditioner, index))
-        return _iterative(
-            lambda x: product(x, no_infos), lambda r: scan(D, r, reverse=True), b
+        x = _iterative(
+            lambda x: shift(product(x, no_infos)),
+            lambda r: scan(D, r, reverse=True),
+            b,
         )
+        return x, product(x, ct_infos)[0]
 
     # The derivative is the solution of a linear system, in both the trajectory and its
     # inputs: the inputs are what they are, and the trajectory satisfies the linearised
@@ -204,20 +208,25 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
             x_ys, x_params, x_times, x_end = carry
             x_info = at(x_infos, index)
             b = at(x_ys, index).at[-1].add(x_end)
-            x_chunk = transpose_recurrence(index, b, x_info)
+            x_chunk, x_start = transpose_recurrence(index, b, x_info)
             x_ys = set_at(x_ys, index, x_chunk)
-            fn, primals = substeps_of(index)
-            _, vjp = jax.vjp(fn, *primals)
-            d_params, d_times, d_starts = vjp((x_chunk, x_info))
-            x_params = jtu.tree_map(jnp.add, x_params, d_params)
-            d_times = jtu.tree_map(jnp.add, at(x_times, index), d_times)
-            return x_ys, x_params, set_at(x_times, index, d_times), d_starts[0]
+            # A vector field that cannot be differentiated in reverse mode will do, as
+            # long as only the initial value is being differentiated.
+            if len(jtu.tree_leaves((x_params, x_times))) > 0:
+                fn, (params, times, starts) = substeps_of(index)
+                _, vjp = jax.vjp(lambda *x: fn(*x, starts), params, times)
+                d_params, d_times = vjp((x_chunk, x_info))
+                x_params = jtu.tree_map(jnp.add, x_params, d_params)
+                d_times = jtu.tree_map(jnp.add, at(x_times, index), d_times)
+                x_times = set_at(x_times, index, d_times)
+            return x_ys, x_params, x_times, x_start
 
         carry = (x_ys, x_params, x_times, jnp.zeros_like(x_y0))
         x_ys, x_params, x_times, x_start = loop(body, carry, reverse=True)
         return x_ys, x_infos, x_params, x_times, x_y0 + x_start
 
     zeros = jtu.tree_map(jnp.zeros_like, (ys, infos))
+    at_first = jtu.tree_map(lambda x: x[0], infos)
     t_y0 = jnp.zeros_like(y0) if t_y0 is None else t_y0
     # As a single vector, as if one part of the right-hand side is being differentiated
     # then JAX wants this of all of them. (Parameters may be of any precision.)
@@ -232,11 +241,20 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
 
         return flat_fn
 
+    # JAX traces the transpose in any case, but a vector field with a `while_loop` has
+    # none. In forward mode it need not have.
+    try:
+        jax.eval_shape(lambda: jax.vjp(step, t0s[0], t1s[0], y0)[1]((y0, at_first)))
+    except ValueError:
+        transpose = None
+    else:
+        transpose = lambda _, b: flat(transpose_solve)(b)
+
     x = lax.custom_linear_solve(
         flat(matvec),
         b,
         solve=lambda _, b: flat(solve)(b),
-        transpose_solve=lambda _, b: flat(transpose_solve)(b),
+        transpose_solve=transpose,
     )
     t_ys, t_infos, *_ = unravel(x)
     return (ys, infos), (t_ys, t_infos)
