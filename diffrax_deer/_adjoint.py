@@ -236,6 +236,7 @@ class DeerAdjoint(AbstractAdjoint):
             num_steps = jnp.sum(made & (step_t0s < step_t1s), dtype=jnp.int32)
         last_window = recording.num_windows - 1
         event_substep = last_window * layout.window_size + recording.event_substep
+        event_substep = jnp.maximum(event_substep, 0)
         result = recording.final_state.result
         had_event = (result == RESULTS.event_occurred) & (num_steps > 0)
         event_step = event_substep // layout.substeps_per_step

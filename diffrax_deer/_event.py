@@ -71,7 +71,8 @@ def event_time(
 
     def value(t, _):
         y = interpolation.evaluate(t)
-        out = jnp.zeros_like(t)
+        # In a batch, this is also called where no event has occurred.
+        out = t1 - t
         for cond_fn, is_this in zip(_cond_fns(event), jtu.tree_leaves(mask)):
             value = jnp.asarray(call(cond_fn, t, y))
             if value.dtype == jnp.dtype(bool):

@@ -51,6 +51,7 @@ class Trajectory(eqx.Module):
         t0, t1 = self.t0s[index], self.t1s[index]
         y0 = jnp.where(index == 0, self.y0, self.ys[jnp.maximum(index - 1, 0)])
         dense_info = self.step.substep(t0, t1, self.step.unravel(y0)).dense_info
+        t1 = _not_zero_length(t0, t1)
         return self.interpolation_cls(t0=t0, t1=t1, **dense_info)
 
     def evaluate(self, ts: Real[Array, " times"]) -> PyTree[Array]:
@@ -65,8 +66,12 @@ class Trajectory(eqx.Module):
             infos = jtu.tree_map(lambda x: x[index], self.dense_infos)
 
         def evaluate(t, t0, t1, info):
-            # There may be no substeps at all.
-            t1 = jnp.where(t0 == t1, t0 + 1, t1)
+            t1 = _not_zero_length(t0, t1)
             return self.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
 
         return jax.vmap(evaluate)(ts, self.t0s[index], self.t1s[index], infos)
+
+
+def _not_zero_length(t0, t1):
+    # There may be no substeps at all, and interpolations divide by their length.
+    return jnp.where(t0 == t1, t0 + 1, t1)
