@@ -214,7 +214,7 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
             # long as only the initial value is being differentiated.
             if len(jtu.tree_leaves((x_params, x_times))) > 0:
                 fn, (params, times, starts) = substeps_of(index)
-                _, vjp = jax.vjp(lambda *x: fn(*x, starts), params, times)
+                _, vjp = jax.vjp(lambda *x: fn(*x, starts), params, times)  # pyright: ignore
                 d_params, d_times = vjp((x_chunk, x_info))
                 x_params = jtu.tree_map(jnp.add, x_params, d_params)
                 d_times = jtu.tree_map(jnp.add, at(x_times, index), d_times)
