@@ -259,15 +259,17 @@ class DeerAdjoint(AbstractAdjoint):
         if event is None:
             tfinal, yfinal = trajectory.t1, trajectory.y1
         else:
-            tfinal, yfinal, event_result = lax.cond(
-                had_event,
-                lambda: _at_event(
-                    event, call, recording.event_mask, trajectory, event_substep
-                ),
-                lambda: (trajectory.t1, trajectory.y1, RESULTS.successful),
+            # Not with a `lax.cond`: in a batch, its branches would be transposed with
+            # zeros for what they have not computed, and divide by them.
+            tfinal, yfinal, event_result = _at_event(
+                event, call, recording.event_mask, trajectory, event_substep
             )
-            okay = event_result == RESULTS.successful
-            result = RESULTS.where(okay, result, event_result)
+            tfinal = jnp.where(had_event, tfinal, trajectory.t1)
+            yfinal = jtu.tree_map(
+                lambda x, y: jnp.where(had_event, x, y), yfinal, trajectory.y1
+            )
+            failed = had_event & (event_result != RESULTS.successful)
+            result = RESULTS.where(failed, event_result, result)
 
         def save_all(subsaveat, save_state):
             return save(
@@ -480,7 +482,7 @@ def _trajectory(
 
 def _at_event(event, call, mask, trajectory, substep):
     interpolation = trajectory.interpolation(substep)
-    t0, t1 = trajectory.t0s[substep], trajectory.t1s[substep]
+    t0, t1 = interpolation.t0, interpolation.t1
     t, result = event_time(event, call, mask, t0, t1, interpolation)
     return t, interpolation.evaluate(t), result
 

@@ -226,7 +226,6 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
         return x_ys, x_infos, x_params, x_times, x_y0 + x_start
 
     zeros = jtu.tree_map(jnp.zeros_like, (ys, infos))
-    at_first = jtu.tree_map(lambda x: x[0], infos)
     t_y0 = jnp.zeros_like(y0) if t_y0 is None else t_y0
     # As a single vector, as if one part of the right-hand side is being differentiated
     # then JAX wants this of all of them. (Parameters may be of any precision.)
@@ -244,7 +243,7 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
     # JAX traces the transpose in any case, but a vector field with a `while_loop` has
     # none. In forward mode it need not have.
     try:
-        jax.eval_shape(lambda: jax.vjp(step, t0s[0], t1s[0], y0)[1]((y0, at_first)))
+        jax.eval_shape(flat(transpose_solve), b)
     except ValueError:
         transpose = None
     else:

@@ -540,8 +540,6 @@ def _oscillator(t, y, args):
     return v, -args["a"] * x
 
 
-# A known defect. Each of these alone, and each pair of them, is right.
-@pytest.mark.xfail(strict=True, reason="NaNs in the root find of a batch of all five")
 def test_events_inside_windows():
     # At the ends of each of both windows, `x` is on the same side of all levels.
     directions = dict(any=None, down=False, up=True)
