@@ -1,8 +1,12 @@
 from ._adjoint import DeerAdjoint as DeerAdjoint
 from ._guess import (
     AbstractGuess as AbstractGuess,
+    AutoGuess as AutoGuess,
     CoarseGuess as CoarseGuess,
     ConstantGuess as ConstantGuess,
+    ExtrapolationGuess as ExtrapolationGuess,
+    NestedGuess as NestedGuess,
+    SolutionGuess as SolutionGuess,
 )
 from ._method import (
     AbstractMethod as AbstractMethod,
@@ -19,4 +23,5 @@ from ._scan import (
     AutoScan as AutoScan,
     SequentialScan as SequentialScan,
 )
-from ._solver import DeerSolver as DeerSolver, DeerState as DeerState
+from ._solver import DeerSolver as DeerSolver
+from ._state import DeerState as DeerState

@@ -29,7 +29,8 @@ from ._method import AbstractMethod, DEER
 from ._record import MergedWindows, record, Recording, StepWindows
 from ._save import save
 from ._scan import AbstractScan, AutoScan
-from ._solver import DeerSolver, DeerState
+from ._solver import DeerSolver
+from ._state import DeerState
 from ._step import OneStepMap, Window
 from ._trajectory import Trajectory
 

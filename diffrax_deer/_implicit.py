@@ -243,7 +243,7 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
     # JAX traces the transpose in any case, but a vector field with a `while_loop` has
     # none. In forward mode it need not have.
     try:
-        jax.eval_shape(flat(transpose_solve), b)
+        jax.eval_shape(jax.linear_transpose(flat(matvec), b), b)
     except ValueError:
         transpose = None
     else:

@@ -64,7 +64,16 @@ def joint_solve(
     If the result is not successful, then `ys` is `window.y0` throughout.
     """
     solution = without_gradient(
-        lambda: _iterate(window, guess(), method, scan, rtol, atol, norm, max_iters)
+        lambda: iterate(
+            window,
+            guess(),
+            method=method,
+            scan=scan,
+            rtol=rtol,
+            atol=atol,
+            norm=norm,
+            max_iters=max_iters,
+        )
     )
     okay = solution.result == RESULTS.successful
     # A window that failed is masked out by the step size controller, at the end. That
@@ -98,7 +107,19 @@ def _tolerance(rtol, atol, eps, scale):
     return atol + rtol * scale
 
 
-def _iterate(window, guess, method, scan, rtol, atol, norm, max_iters):
+def iterate(
+    window: Window,
+    guess: Float[Array, "substeps size"],
+    *,
+    method: AbstractMethod,
+    scan: AbstractScan,
+    rtol: RealScalarLike | None,
+    atol: RealScalarLike | None,
+    norm: Callable[[PyTree], RealScalarLike],
+    max_iters: int,
+) -> JointSolution:
+    """The iteration itself. If the result is not successful, then `ys` are the values
+    that it ended with. These are finite if those of the guess are."""
     substeps, size = guess.shape
     A_struct = jax.eval_shape(lambda: method.linearise(window, guess))
 

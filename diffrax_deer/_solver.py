@@ -14,7 +14,7 @@ from diffrax import (
     RESULTS,
     Tsit5,
 )
-from jaxtyping import Array, Int, PyTree, Real
+from jaxtyping import Array, PyTree, Real
 
 from ._checks import (
     check_instance,
@@ -24,34 +24,13 @@ from ._checks import (
     check_tolerance,
 )
 from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
-from ._guess import AbstractGuess, CoarseGuess
+from ._guess import AbstractGuess, AutoGuess
 from ._interpolation import uniform_grid, WindowInterpolationFactory
 from ._joint import joint_solve
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
+from ._state import DeerState
 from ._step import OneStepMap, Window
-
-
-class DeerState(eqx.Module):
-    """The state of [`diffrax_deer.DeerSolver`][], as is returned by
-    `diffeqsolve(..., saveat=SaveAt(solver_state=True))` and accepted by
-    `diffeqsolve(..., solver_state=...)`.
-
-    It is a first guess, and not differentiable.
-
-    **Attributes:**
-
-    - `t0`, `t1`: the last window. (Both negated if integrating backwards in time.)
-    - `ys`: the trajectory over the last window, at the ends of its substeps. A PyTree
-        like the state of the differential equation, with an additional leading axis of
-        size `substeps` on every leaf.
-    - `num_iterations`: the number of iterations made to find it. An integer.
-    """
-
-    t0: Real[Array, ""]
-    t1: Real[Array, ""]
-    ys: PyTree[Array]
-    num_iterations: Int[Array, ""]
 
 
 class DeerSolver(AbstractWrappedSolver[DeerState]):
@@ -110,7 +89,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     _: KW_ONLY
     method: AbstractMethod = DEER()
     scan: AbstractScan = AutoScan()
-    guess: AbstractGuess = CoarseGuess()
+    guess: AbstractGuess = AutoGuess()
     rtol: RealScalarLike | None = None
     atol: RealScalarLike | None = None
     norm: Callable[[PyTree], RealScalarLike] = optx.max_norm
@@ -224,7 +203,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         window = Window(step, ts, step.ravel(y0))
 
         def cold():
-            return self.guess(self.solver, terms, ts, y0, args)
+            ys = self.guess(self.solver, terms, ts, y0, args, solver_state)
+            self._check_guess(ys, y0, ts.shape[0] - 1)
+            return ys
 
         def guess():
             if solver_state is None:
@@ -233,9 +214,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
                 warm_ys = solver_state.ys
                 same_window = (solver_state.t0 == ts[0]) & (solver_state.t1 == ts[-1])
                 ys = lax.cond(same_window, lambda: warm_ys, cold)
-            ys = window.ravel_all(ys)
-            finite = jnp.isfinite(ys).all(axis=-1, keepdims=True)
-            return jnp.where(finite, ys, window.y0[None])
+            return window.finite(window.ravel_all(ys))
 
         solution = joint_solve(
             window,
@@ -290,10 +269,23 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         rescale = jnp.where(size > size_at_ends, size_at_ends / size, 1)
         return jnp.maximum(at_end, jnp.max(jnp.abs(errors) * rescale, axis=0))
 
-    def _zero_trajectory(self, y0):
+    def _zero_trajectory(self, y0, substeps=None):
+        substeps = self.substeps if substeps is None else substeps
         return jtu.tree_map(
-            lambda y: jnp.zeros((self.substeps, *jnp.shape(y)), jnp.result_type(y)), y0
+            lambda y: jnp.zeros((substeps, *jnp.shape(y)), jnp.result_type(y)), y0
         )
+
+    def _check_guess(self, ys, y0, substeps):
+        # Not their weak types.
+        form = lambda x: jax.eval_shape(lambda: jtu.tree_map(_strong, x))
+        expected, actual = form(self._zero_trajectory(y0, substeps)), form(ys)
+        if eqx.tree_equal(actual, expected) is not True:
+            raise ValueError(
+                "`DeerSolver(guess=...)` must return a PyTree like `y0`, with an "
+                f"additional leading axis for the {substeps} substeps of the window on "
+                f"every leaf. Expected\n{expected}\nbut `{type(self.guess).__name__}` "
+                f"returned\n{actual}"
+            )
 
     def _check_solver_state(self, solver_state, y0):
         expected = jax.eval_shape(lambda: self._zero_trajectory(y0))
@@ -310,6 +302,10 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         )
 
 
+def _strong(x):
+    return jnp.asarray(x, jnp.result_type(x))
+
+
 DeerSolver.__init__.__doc__ = """**Arguments:**
 
 - `solver`: the solver to wrap, which makes every substep. Any one-step method.
@@ -320,7 +316,8 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     [`diffrax_deer.AbstractScan`][]. Defaults to whatever suits the platform on which
     the computation is going to run.
 - `guess`: the first guess of the trajectory over each window. See
-    [`diffrax_deer.AbstractGuess`][]. If the `solver_state` passed to `diffeqsolve` is
+    [`diffrax_deer.AbstractGuess`][]. Defaults to whatever suits the platform on which
+    the computation is going to run. If the `solver_state` passed to `diffeqsolve` is
     that of a window from exactly the same `t0` to exactly the same `t1`, then its
     trajectory is the first guess instead.
 - `rtol`, `atol`: the iteration ends once the trajectory is as close to that of the

@@ -113,6 +113,13 @@ class Window(eqx.Module):
     def unravel_all(self, ys: Float[Array, "substeps size"]) -> PyTree[Array]:
         return jax.vmap(self.step.unravel)(ys)
 
+    def finite(
+        self, ys: Float[Array, "substeps size"]
+    ) -> Float[Array, "substeps size"]:
+        """Replaces values that are not finite by the one at the start of the window."""
+        finite = jnp.isfinite(ys).all(axis=-1, keepdims=True)
+        return jnp.where(finite, ys, self.y0[None])
+
     def starts(
         self, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size"]:

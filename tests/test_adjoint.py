@@ -102,7 +102,7 @@ def _loss(inputs, solver, controller, adjoint):
         max_steps=16,
     )
     middle = inputs["t0"] + 0.45 * (inputs["t1"] - inputs["t0"])
-    dense = (sol.evaluate(middle), sol.derivative(middle))
+    dense = (sol.evaluate(middle), sol.derivative(middle), sol.evaluate(inputs["t1"]))
     stats = {k: v for k, v in sol.stats.items() if k.endswith("_steps")}
     out = (sol.ts, sol.ys, dense, stats, sol.made_jump)
     if not chooses_steps:
@@ -302,7 +302,7 @@ def test_no_loops():
         def grad(y0):
             sol = diffeqsolve(
                 term,
-                DeerSolver(euler, 1, scan=scan),
+                DeerSolver(euler, 1, scan=scan, guess=ConstantGuess()),
                 0,
                 3,
                 0.01,
@@ -318,7 +318,7 @@ def test_no_loops():
         counts = re.findall(r'known_trip_count":\{"n":"(\d+)"', text)
         # The iteration is the only one of which it is not known how often it runs.
         assert text.count(" while(") == len(counts) + 1
-        # Others are the coarse guess, and bisections.
+        # Others are bisections.
         return [int(n) for n in counts if int(n) > 32]
 
     # Of the linear recurrence, once forwards and once backwards.
@@ -437,7 +437,7 @@ def _flat_loss(x, solver, controller, adjoint):
         0.13,
         y0,
         args,
-        saveat=SaveAt(ts=t1 * jnp.array([0, 0.33, 0.77]), t1=True),
+        saveat=SaveAt(ts=t1 * jnp.linspace(0, 0.97, 8), t1=True),
         stepsize_controller=controller,
         adjoint=adjoint,
         max_steps=16,
@@ -702,7 +702,8 @@ def test_stochastic(solver, reference):
 
 def test_single_precision_and_pytrees():
     def vector_field(t, y, args):
-        return dict(a=-args * y["a"] * y["b"], b=jnp.sum(y["a"]) - t)
+        # Not defined at zero, which is what memory that is not used may contain.
+        return dict(a=-args * y["a"] * y["b"], b=jnp.sum(y["a"]) - t / jnp.sqrt(y["b"]))
 
     @eqx.filter_jit
     @jax.value_and_grad

@@ -9,8 +9,6 @@ from diffrax import ODETerm
 from diffrax_deer import (
     AssociativeScan,
     AutoScan,
-    CoarseGuess,
-    ConstantGuess,
     DEER,
     SequentialScan,
 )
@@ -141,22 +139,3 @@ def test_grid():
     assert ts[0] == jnp.float32(0.1)
     assert ts[-1] == jnp.float32(0.7)
     assert jnp.all(jnp.diff(ts) > 0)
-
-
-def test_coarse_guess():
-    term = ODETerm(lambda t, y, args: jnp.stack([y[1], -y[0]]))
-    y0 = jnp.array([1.0, 0.0])
-    ts = jnp.linspace(0, 6, 65)
-    guess = CoarseGuess()(diffrax.Tsit5(), term, ts, y0, None)
-    assert guess.shape == (64, 2)
-    exact = jnp.stack([jnp.cos(ts[1:]), -jnp.sin(ts[1:])], axis=-1)
-    assert max_error(guess, exact) < 1e-3
-
-
-def test_coarse_guess_of_a_stiff_problem():
-    # Not stable with steps this large.
-    term = ODETerm(lambda t, y, args: -1e3 * (y - jnp.cos(t)))
-    y0 = jnp.array([1.0])
-    ts = jnp.linspace(0, 1, 65)
-    guess = CoarseGuess()(diffrax.Tsit5(), term, ts, y0, None)
-    assert jnp.array_equal(guess, ConstantGuess()(diffrax.Tsit5(), term, ts, y0, None))

@@ -1,0 +1,71 @@
+from typing import Any
+
+import equinox as eqx
+import jax.lax as lax
+from diffrax import AbstractSolver, AbstractTerm
+from jaxtyping import Array, PyTree, Real
+
+from .._checks import check_one_step_solver, check_positive_int
+from .._state import DeerState
+from .._step import OneStepMap
+from ._coarse_grid import best, coarse_grid, interpolate
+from .base import AbstractGuess
+from .constant import ConstantGuess
+
+
+class CoarseGuess(AbstractGuess):
+    """Makes fewer and larger steps one after the other, and interpolates between them.
+
+    Then few iterations are needed also over windows that are long enough for the
+    solution to oscillate, or to pass several time scales. Where such large steps are
+    unstable (the problem is stiff and the solver explicit), this falls back to the
+    constant guess.
+    """
+
+    solver: AbstractSolver | None = None
+    steps: int | None = eqx.field(default=None, static=True)
+
+    def __check_init__(self):
+        if self.solver is not None:
+            check_one_step_solver(self.solver, "CoarseGuess(solver=...)")
+        if self.steps is not None:
+            check_positive_int(self.steps, "CoarseGuess(steps=...)")
+
+    def __call__(
+        self,
+        solver: AbstractSolver,
+        terms: PyTree[AbstractTerm],
+        ts: Real[Array, " substeps_plus_1"],
+        y0: PyTree[Array],
+        args: PyTree[Any],
+        previous: DeerState | None,
+    ) -> PyTree[Array]:
+        substeps = ts.shape[0] - 1
+        if self.steps is None:
+            # Measured, see `benchmarks/NOTES.md`.
+            steps = max(substeps // 4, 1)
+        else:
+            steps = min(self.steps, substeps)
+        coarse_ts = coarse_grid(ts, steps)
+        coarse_solver = solver if self.solver is None else self.solver
+        step = OneStepMap(coarse_solver, terms, y0, args)
+
+        def body(y, t0__t1):
+            out = step.substep(*t0__t1, y)
+            return out.y1, out.dense_info
+
+        _, dense_infos = lax.scan(body, y0, (coarse_ts[:-1], coarse_ts[1:]))
+        coarse = interpolate(
+            ts, coarse_ts, coarse_solver.interpolation_cls, dense_infos
+        )
+        constant = ConstantGuess()(solver, terms, ts, y0, args, previous)
+        return best(step, ts, y0, coarse, constant)
+
+
+CoarseGuess.__init__.__doc__ = """**Arguments:**
+
+- `solver`: the solver that makes these steps. Defaults to the solver that
+    [`diffrax_deer.DeerSolver`][] wraps.
+- `steps`: how many steps to make. (At most `substeps`.) Defaults to a quarter of
+    `substeps`.
+"""

@@ -1,0 +1,103 @@
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import optimistix as optx
+from diffrax import AbstractSolver, AbstractTerm
+from jaxtyping import Array, PyTree, Real
+
+from .._checks import check_instance, check_one_step_solver, check_positive_int
+from .._joint import iterate
+from .._method import AbstractMethod, DEER
+from .._scan import AbstractScan, AutoScan
+from .._state import DeerState
+from .._step import OneStepMap, Window
+from ._coarse_grid import best, coarse_grid, interpolate
+from .base import AbstractGuess
+from .coarse import CoarseGuess
+from .constant import ConstantGuess
+
+
+# Of the solution on a coarser grid. Its discretisation error is larger.
+_RTOL = 1e-3
+
+
+class NestedGuess(AbstractGuess):
+    """Solves the window on a coarser grid first, in parallel as well, and interpolates.
+
+    For that in turn a guess is needed, which may be the solution on a grid that is
+    coarser still. As in a multigrid method, most iterations are then made where they
+    cost least. It suits long windows on devices on which the steps of
+    [`diffrax_deer.CoarseGuess`][], made one after the other, would be slow.
+    """
+
+    levels: int = eqx.field(default=1, static=True)
+    factor: int = eqx.field(default=4, static=True)
+    guess: AbstractGuess = CoarseGuess()
+    solver: AbstractSolver | None = None
+    method: AbstractMethod = DEER()
+    scan: AbstractScan = AutoScan()
+    max_iters: int | None = eqx.field(default=None, static=True)
+
+    def __check_init__(self):
+        check_positive_int(self.levels, "NestedGuess(levels=...)")
+        check_positive_int(self.factor, "NestedGuess(factor=...)")
+        check_instance(self.guess, AbstractGuess, "NestedGuess(guess=...)")
+        if self.solver is not None:
+            check_one_step_solver(self.solver, "NestedGuess(solver=...)")
+        check_instance(self.method, AbstractMethod, "NestedGuess(method=...)")
+        check_instance(self.scan, AbstractScan, "NestedGuess(scan=...)")
+        if self.max_iters is not None:
+            check_positive_int(self.max_iters, "NestedGuess(max_iters=...)")
+
+    def __call__(
+        self,
+        solver: AbstractSolver,
+        terms: PyTree[AbstractTerm],
+        ts: Real[Array, " substeps_plus_1"],
+        y0: PyTree[Array],
+        args: PyTree[Any],
+        previous: DeerState | None,
+    ) -> PyTree[Array]:
+        steps = (ts.shape[0] - 1) // self.factor
+        if steps <= 1:
+            return self.guess(solver, terms, ts, y0, args, previous)
+        if self.levels == 1:
+            guess = self.guess
+        else:
+            guess = dataclasses.replace(self, levels=self.levels - 1)
+        coarse_ts = coarse_grid(ts, steps)
+        coarse_solver = solver if self.solver is None else self.solver
+        step = OneStepMap(coarse_solver, terms, y0, args)
+        window = Window(step, coarse_ts, step.ravel(y0))
+        ys = guess(coarse_solver, terms, coarse_ts, y0, args, None)
+        solution = iterate(
+            window,
+            window.finite(window.ravel_all(ys)),
+            method=self.method,
+            scan=self.scan,
+            rtol=_RTOL,
+            atol=None,
+            norm=optx.max_norm,
+            max_iters=steps if self.max_iters is None else self.max_iters,
+        )
+        # If it has not converged, then it is still some guess.
+        substeps = window.substeps(window.starts(solution.ys))
+        nested = interpolate(
+            ts, coarse_ts, coarse_solver.interpolation_cls, substeps.dense_info
+        )
+        constant = ConstantGuess()(solver, terms, ts, y0, args, previous)
+        return best(step, ts, y0, nested, constant)
+
+
+NestedGuess.__init__.__doc__ = """**Arguments:**
+
+- `levels`: how many coarser grids there are. A positive integer.
+- `factor`: by how much each of them is coarser than the last. A positive integer.
+- `guess`: the guess on the coarsest grid.
+- `solver`: the solver that makes the steps on coarser grids. Defaults to the solver
+    that [`diffrax_deer.DeerSolver`][] wraps.
+- `method`, `scan`: as for [`diffrax_deer.DeerSolver`][].
+- `max_iters`: the maximum number of iterations on each coarser grid. A positive
+    integer. Defaults to the number of steps on it.
+"""

@@ -1,0 +1,25 @@
+import equinox as eqx
+from jaxtyping import Array, Int, PyTree, Real
+
+
+class DeerState(eqx.Module):
+    """The state of [`diffrax_deer.DeerSolver`][], as is returned by
+    `diffeqsolve(..., saveat=SaveAt(solver_state=True))` and accepted by
+    `diffeqsolve(..., solver_state=...)`.
+
+    It is a first guess, and not differentiable.
+
+    **Attributes:**
+
+    - `t0`, `t1`: the last window. (Both negated if integrating backwards in time.) NaN
+        before the first one.
+    - `ys`: the trajectory over the last window, at the ends of its substeps. A PyTree
+        like the state of the differential equation, with an additional leading axis of
+        size `substeps` on every leaf.
+    - `num_iterations`: the number of iterations made to find it. An integer.
+    """
+
+    t0: Real[Array, ""]
+    t1: Real[Array, ""]
+    ys: PyTree[Array]
+    num_iterations: Int[Array, ""]
