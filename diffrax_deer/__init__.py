@@ -1,4 +1,5 @@
 from ._adjoint import DeerAdjoint as DeerAdjoint
+from ._diagnose import diagnose as diagnose, Report as Report
 from ._guess import (
     AbstractGuess as AbstractGuess,
     AutoGuess as AutoGuess,

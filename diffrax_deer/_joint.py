@@ -12,7 +12,7 @@ from ._custom_types import RealScalarLike
 from ._implicit import implicit_trajectory, without_gradient
 from ._method import AbstractMethod
 from ._scan import AbstractScan, Matrices
-from ._step import Window
+from ._step import is_finite, Window
 
 
 # What the rounding errors made in one substep amount to, in units of its values'
@@ -34,7 +34,9 @@ class JointSolution(eqx.Module):
     A: Matrices
 
 
-class _State(eqx.Module):
+class State(eqx.Module):
+    """Where an iteration stands."""
+
     ys: Float[Array, "substeps size"]
     A: Matrices
     num_iterations: Int[Array, ""]
@@ -44,113 +46,81 @@ class _State(eqx.Module):
     stuck: Bool[Array, ""]
 
 
-def joint_solve(
-    window: Window,
-    guess: Callable[[], Float[Array, "substeps size"]],
-    *,
-    method: AbstractMethod,
-    scan: AbstractScan,
-    rtol: RealScalarLike | None,
-    atol: RealScalarLike | None,
-    norm: Callable[[PyTree], RealScalarLike],
-    max_iters: int,
-) -> JointSolution:
-    r"""Solves $y_{n+1} = \Phi_n(y_n)$ for all $n$ jointly.
+class Iteration(eqx.Module):
+    """A fixed-point iteration for all substeps of a window."""
 
-    `ys` can be differentiated with respect to `window.y0` and all that `window` closes
-    over, in forward and in reverse mode and more than once. Its derivative is that of
-    the equation solved: it depends neither on the guess nor on the method.
+    window: Window
+    method: AbstractMethod
+    scan: AbstractScan
+    rtol: RealScalarLike | None
+    atol: RealScalarLike | None
+    norm: Callable[[PyTree], RealScalarLike]
+    max_iters: int
 
-    If the result is not successful, then `ys` is `window.y0` throughout.
-    """
-    solution = without_gradient(
-        lambda: iterate(
-            window,
-            guess(),
-            method=method,
-            scan=scan,
-            rtol=rtol,
-            atol=atol,
-            norm=norm,
-            max_iters=max_iters,
+    def run(self, guess: Float[Array, "substeps size"]) -> JointSolution:
+        """If the result is not successful, then `ys` are the values that this ended
+        with. These are finite if those of the guess are."""
+        # JAX would hash bound methods, and with them what this has for fields.
+        goes_on, step = (
+            lambda state: self.goes_on(state),
+            lambda state: self.step(state),
         )
-    )
-    okay = solution.result == RESULTS.successful
-    # A window that failed is masked out by the step size controller, at the end. That
-    # is not enough, as the zero cotangents that it gets would still be multiplied with
-    # derivatives that may have overflowed.
-    ys = jnp.where(okay, solution.ys, lax.stop_gradient(window.y0))
+        state = lax.while_loop(goes_on, step, self.init(guess))
+        result = RESULTS.promote(
+            optx.RESULTS.where(
+                state.finite,
+                optx.RESULTS.nonlinear_max_steps_reached,
+                optx.RESULTS.nonfinite,
+            )
+        )
+        result = RESULTS.where(state.converged, RESULTS.successful, result)
+        return JointSolution(state.ys, state.num_iterations, result, state.A)
 
-    def step(t0, t1, y0):
-        y1 = jnp.where(okay, window.step(t0, t1, y0), lax.stop_gradient(y0))
-        return y1, None
+    def init(self, guess: Float[Array, "substeps size"]) -> State:
+        A = jax.eval_shape(lambda: self.method.linearise(self.window, guess))
+        return State(
+            ys=guess,
+            A=jnp.zeros(A.shape, A.dtype),
+            num_iterations=jnp.array(0, jnp.int32),
+            # No rate is known yet.
+            change=jnp.array(0, guess.dtype),
+            finite=jnp.array(True),
+            # The trivial state has nothing to iterate on.
+            converged=jnp.array(guess.shape[1] == 0),
+            stuck=jnp.array(False),
+        )
 
-    t0s, t1s = window.ts[:-1], window.ts[1:]
-    step = eqx.filter_closure_convert(step, t0s[0], t1s[0], window.y0)
-    ys, _ = implicit_trajectory(
-        *(ys, None, step, t0s, t1s, window.y0),
-        scan=scan,
-        preconditioner=solution.A if solution.A.ndim == ys.ndim else None,
-        chunk_size=ys.shape[0],
-        num_chunks=1,
-    )
-    return eqx.tree_at(lambda s: s.ys, solution, ys)
-
-
-def _tolerance(rtol, atol, eps, scale):
-    if rtol is None:
-        rtol = 1e-10 if eps < 1e-12 else 40 * eps
-    if atol is None:
-        # Small compared with `rtol`, also if the solution itself is small.
-        magnitude = jnp.minimum(1, jnp.max(scale, initial=0))
-        atol = jnp.maximum(1e-2 * rtol * magnitude, jnp.finfo(scale.dtype).tiny)
-    return atol + rtol * scale
-
-
-def iterate(
-    window: Window,
-    guess: Float[Array, "substeps size"],
-    *,
-    method: AbstractMethod,
-    scan: AbstractScan,
-    rtol: RealScalarLike | None,
-    atol: RealScalarLike | None,
-    norm: Callable[[PyTree], RealScalarLike],
-    max_iters: int,
-) -> JointSolution:
-    """The iteration itself. If the result is not successful, then `ys` are the values
-    that it ended with. These are finite if those of the guess are."""
-    substeps, size = guess.shape
-    A_struct = jax.eval_shape(lambda: method.linearise(window, guess))
-
-    def cond_fun(state):
+    def goes_on(self, state: State) -> Bool[Array, ""]:
         return jnp.invert(state.converged | state.stuck) & (
-            state.num_iterations < max_iters
+            state.num_iterations < self.max_iters
         )
 
-    def body_fun(state):
+    def step(self, state: State) -> State:
+        window = self.window
+        substeps = state.ys.shape[0]
         ys = state.ys
         starts = window.starts(ys)
         stepped_ys = window.ends(starts)
-        A = method.linearise(window, ys)
+        A = self.method.linearise(window, ys)
 
         # Far from the solution, vector fields may overflow or leave their domain. Such
         # substeps are left as they are, and wait for better values to arrive.
-        okay = jnp.isfinite(stepped_ys).all(axis=-1)
+        okay = is_finite(stepped_ys)
         r = jnp.where(okay[:, None], stepped_ys - ys, 0)
         A_finite = jnp.isfinite(A.reshape(substeps, -1)).all(axis=-1)
         usable = (okay & A_finite).reshape(substeps, *[1] * (A.ndim - 1))
         A = jnp.where(usable, A, 0)
-        delta, is_telling = method.correct(scan, A, r, ys)
-        okay = okay & jnp.isfinite(delta).all(axis=-1)
+        delta, is_telling = self.method.correct(self.scan, A, r, ys)
         # This sum is arranged such that, up to the front of those substeps that start
         # from a final value, `delta == r` gives the wrapped solver's step to the last
         # bit. The front moves by at least one substep in every iteration.
-        new_ys = jnp.where(okay[:, None], stepped_ys + (delta - r), ys)
+        new_ys = stepped_ys + (delta - r)
+        okay = okay & is_finite(new_ys)
+        new_ys = jnp.where(okay[:, None], new_ys, ys)
 
         delta = new_ys - ys
         scale = jnp.maximum(jnp.abs(ys), jnp.abs(new_ys))
-        change = norm(delta / _tolerance(rtol, atol, window.step.eps, scale))
+        change = self.norm(delta / self.tolerance(scale))
         change = jnp.asarray(change, state.change.dtype)
         # The distance to the solution that is left, if the changes go on shrinking at
         # this rate. It takes two iterations to know the rate. That is well spent: the
@@ -180,7 +150,7 @@ def iterate(
         num_iterations = state.num_iterations + 1
         finite = jnp.all(okay)
         complete = num_iterations == substeps
-        return _State(
+        return State(
             ys=new_ys,
             A=A,
             num_iterations=num_iterations,
@@ -190,24 +160,50 @@ def iterate(
             stuck=jnp.invert(finite) & jnp.all(delta == 0),
         )
 
-    state = _State(
-        ys=guess,
-        A=jnp.zeros(A_struct.shape, A_struct.dtype),
-        num_iterations=jnp.array(0, jnp.int32),
-        # No rate is known yet.
-        change=jnp.array(0, guess.dtype),
-        finite=jnp.array(True),
-        # The trivial state has nothing to iterate on.
-        converged=jnp.array(size == 0),
-        stuck=jnp.array(False),
+    def tolerance(
+        self, scale: Float[Array, "substeps size"]
+    ) -> Float[Array, "substeps size"]:
+        """How far values of this size may be from the solution."""
+        rtol, atol, eps = self.rtol, self.atol, self.window.step.eps
+        if rtol is None:
+            rtol = 1e-10 if eps < 1e-12 else 40 * eps
+        if atol is None:
+            # Small compared with `rtol`, also if the solution itself is small.
+            magnitude = jnp.minimum(1, jnp.max(scale, initial=0))
+            atol = jnp.maximum(1e-2 * rtol * magnitude, jnp.finfo(scale.dtype).tiny)
+        return jnp.asarray(atol + rtol * scale)
+
+
+def joint_solve(
+    iteration: Iteration, guess: Callable[[], Float[Array, "substeps size"]]
+) -> JointSolution:
+    r"""Solves $y_{n+1} = \Phi_n(y_n)$ for all $n$ jointly.
+
+    `ys` can be differentiated with respect to `window.y0` and all that `window` closes
+    over, in forward and in reverse mode and more than once. Its derivative is that of
+    the equation solved: it depends neither on the guess nor on the method.
+
+    If the result is not successful, then `ys` is `window.y0` throughout.
+    """
+    window = iteration.window
+    solution = without_gradient(lambda: iteration.run(guess()))
+    okay = solution.result == RESULTS.successful
+    # A window that failed is masked out by the step size controller, at the end. That
+    # is not enough, as the zero cotangents that it gets would still be multiplied with
+    # derivatives that may have overflowed.
+    ys = jnp.where(okay, solution.ys, lax.stop_gradient(window.y0))
+
+    def step(t0, t1, y0):
+        y1 = jnp.where(okay, window.step(t0, t1, y0), lax.stop_gradient(y0))
+        return y1, None
+
+    t0s, t1s = window.ts[:-1], window.ts[1:]
+    step = eqx.filter_closure_convert(step, t0s[0], t1s[0], window.y0)
+    ys, _ = implicit_trajectory(
+        *(ys, None, step, t0s, t1s, window.y0),
+        scan=iteration.scan,
+        preconditioner=solution.A if solution.A.ndim == ys.ndim else None,
+        chunk_size=ys.shape[0],
+        num_chunks=1,
     )
-    state = lax.while_loop(cond_fun, body_fun, state)
-    result = RESULTS.promote(
-        optx.RESULTS.where(
-            state.finite,
-            optx.RESULTS.nonlinear_max_steps_reached,
-            optx.RESULTS.nonfinite,
-        )
-    )
-    result = RESULTS.where(state.converged, RESULTS.successful, result)
-    return JointSolution(state.ys, state.num_iterations, result, state.A)
+    return eqx.tree_at(lambda s: s.ys, solution, ys)

@@ -14,7 +14,7 @@ from diffrax import (
     RESULTS,
     Tsit5,
 )
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Float, PyTree, Real
 
 from ._checks import (
     check_instance,
@@ -26,7 +26,7 @@ from ._checks import (
 from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
 from ._guess import AbstractGuess, AutoGuess
 from ._interpolation import uniform_grid, WindowInterpolationFactory
-from ._joint import joint_solve
+from ._joint import Iteration, joint_solve
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
 from ._state import DeerState
@@ -199,33 +199,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         solver_state: DeerState | None,
     ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
         """As `step`, but on any grid, which also may have any number of substeps."""
-        step = OneStepMap(self.solver, terms, y0, args)
-        window = Window(step, ts, step.ravel(y0))
-
-        def cold():
-            ys = self.guess(self.solver, terms, ts, y0, args, solver_state)
-            self._check_guess(ys, y0, ts.shape[0] - 1)
-            return ys
-
-        def guess():
-            if solver_state is None:
-                ys = cold()
-            else:
-                warm_ys = solver_state.ys
-                same_window = (solver_state.t0 == ts[0]) & (solver_state.t1 == ts[-1])
-                ys = lax.cond(same_window, lambda: warm_ys, cold)
-            return window.finite(window.ravel_all(ys))
-
-        solution = joint_solve(
-            window,
-            guess,
-            method=self.method,
-            scan=self.scan,
-            rtol=self.rtol,
-            atol=self.atol,
-            norm=self.norm,
-            max_iters=ts.shape[0] - 1 if self.max_iters is None else self.max_iters,
-        )
+        iteration, guess = self.prepare(terms, ts, y0, args, solver_state)
+        window, step = iteration.window, iteration.window.step
+        solution = joint_solve(iteration, guess)
         ys = solution.ys
         starts = window.starts(ys)
         substeps = window.substeps(starts)
@@ -255,6 +231,43 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             num_iterations=solution.num_iterations,
         )
         return y1, y_error, dense_info, new_solver_state, result
+
+    def prepare(
+        self,
+        terms: PyTree[AbstractTerm],
+        ts: Real[Array, " substeps_plus_1"],
+        y0: Y,
+        args: Args,
+        solver_state: DeerState | None,
+    ) -> tuple[Iteration, Callable[[], Float[Array, "substeps size"]]]:
+        """The iteration that solves a window, and what it begins with."""
+        step = OneStepMap(self.solver, terms, y0, args)
+        window = Window(step, ts, step.ravel(y0))
+
+        def cold():
+            ys = self.guess(self.solver, terms, ts, y0, args, solver_state)
+            self._check_guess(ys, y0, ts.shape[0] - 1)
+            return ys
+
+        def guess():
+            if solver_state is None:
+                ys = cold()
+            else:
+                warm_ys = solver_state.ys
+                same_window = (solver_state.t0 == ts[0]) & (solver_state.t1 == ts[-1])
+                ys = lax.cond(same_window, lambda: warm_ys, cold)
+            return window.finite(window.ravel_all(ys))
+
+        iteration = Iteration(
+            window,
+            method=self.method,
+            scan=self.scan,
+            rtol=self.rtol,
+            atol=self.atol,
+            norm=self.norm,
+            max_iters=ts.shape[0] - 1 if self.max_iters is None else self.max_iters,
+        )
+        return iteration, guess
 
     def _window_error(self, errors, starts, ys, A):
         # What the errors made on each substep have become at the end of the window.

@@ -19,7 +19,7 @@ from diffrax import (
     RESULTS,
 )
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, Bool, Float, PyTree, Real
 
 
 class Substep(eqx.Module):
@@ -117,8 +117,7 @@ class Window(eqx.Module):
         self, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size"]:
         """Replaces values that are not finite by the one at the start of the window."""
-        finite = jnp.isfinite(ys).all(axis=-1, keepdims=True)
-        return jnp.where(finite, ys, self.y0[None])
+        return jnp.where(is_finite(ys)[:, None], ys, self.y0[None])
 
     def starts(
         self, ys: Float[Array, "substeps size"]
@@ -150,6 +149,11 @@ class Window(eqx.Module):
         assert self.step.vector_field is not None
         jacobian = jax.jacfwd(self.step.vector_field, argnums=1)
         return jax.vmap(jacobian)(self.ts[1:], ys)
+
+
+def is_finite(ys: Float[Array, "substeps size"]) -> Bool[Array, " substeps"]:
+    """Whether all values of a substep are finite, and so are their differences."""
+    return jnp.all(jnp.abs(ys) < jnp.finfo(ys.dtype).max / 4, axis=-1)
 
 
 def is_ode(terms: PyTree[AbstractTerm]) -> bool:

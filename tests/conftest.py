@@ -5,6 +5,15 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
 
 
 jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_compiled_functions():
+    # Each of them takes some memory mappings, of which Linux allows a process 65530.
+    # XLA crashes when there are no more.
+    yield
+    jax.clear_caches()

@@ -7,7 +7,7 @@ from diffrax import AbstractSolver, AbstractTerm
 from jaxtyping import Array, PyTree, Real
 
 from .._checks import check_instance, check_one_step_solver, check_positive_int
-from .._joint import iterate
+from .._joint import Iteration
 from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, AutoScan
 from .._state import DeerState
@@ -71,9 +71,8 @@ class NestedGuess(AbstractGuess):
         step = OneStepMap(coarse_solver, terms, y0, args)
         window = Window(step, coarse_ts, step.ravel(y0))
         ys = guess(coarse_solver, terms, coarse_ts, y0, args, None)
-        solution = iterate(
+        iteration = Iteration(
             window,
-            window.finite(window.ravel_all(ys)),
             method=self.method,
             scan=self.scan,
             rtol=_RTOL,
@@ -81,6 +80,7 @@ class NestedGuess(AbstractGuess):
             norm=optx.max_norm,
             max_iters=steps if self.max_iters is None else self.max_iters,
         )
+        solution = iteration.run(window.finite(window.ravel_all(ys)))
         # If it has not converged, then it is still some guess.
         substeps = window.substeps(window.starts(solution.ys))
         nested = interpolate(

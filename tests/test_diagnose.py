@@ -1,0 +1,139 @@
+"""The report on a solve says what the solve itself does, and gives sound advice."""
+
+from typing import Any, cast
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+from diffrax import ODETerm, RESULTS
+from diffrax_deer import (
+    ConstantGuess,
+    DeerAdjoint,
+    DeerSolver,
+    diagnose,
+    ELK,
+    QuasiDEER,
+)
+
+from .helpers import diffeqsolve
+
+
+matplotlib.use("Agg")
+tsit5 = diffrax.Tsit5()
+y0 = jnp.array([2.0, 0.0])
+
+
+def _van_der_pol(t, y, args):
+    return jnp.stack([y[1], 2 * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def _lorenz(t, y, args):
+    x, y, z = y
+    return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+
+
+def test_single_window():
+    solver = DeerSolver(tsit5, 256, guess=ConstantGuess())
+    term = ODETerm(_van_der_pol)
+    report = diagnose(term, solver, 0, 10, 10, y0)
+    sol = diffeqsolve(term, solver, 0, 10, 10, y0, adjoint=DeerAdjoint(), max_steps=1)
+    assert report.result == RESULTS.successful
+    assert report.ts.tolist() == [0, 10]
+    assert report.num_iterations.tolist() == [sol.stats["num_iterations"]]
+    (residuals,), (fronts,) = report.residuals, report.fronts
+    assert len(residuals) == len(fronts) == report.num_iterations[0] + 1
+    assert residuals[-1] < 1e-12 < 1e-3 < residuals[0]
+    # At least one substep is solved in every iteration, and all of them at the end.
+    assert np.all(fronts >= np.arange(len(fronts)))
+    assert fronts[-1] == 256
+    assert report.num_iterations[0] > 100
+    # Only with other windows, another guess, or another method.
+    for word in ("substeps=", "AutoGuess()", "ELK()"):
+        assert word in str(report)
+    figure = report.plot()
+    assert len(figure.axes) == 2
+    matplotlib.pyplot.close(figure)  # pyright: ignore
+
+
+def test_advice_helps():
+    # Follow it until it says that there is nothing left to do.
+    solver, dt0 = DeerSolver(tsit5, 256, guess=ConstantGuess()), 10.0
+    report = diagnose(ODETerm(_van_der_pol), solver, 0, 10, dt0, y0)
+    for _ in range(2):
+        substeps = report.recommended_substeps
+        if substeps is None:
+            break
+        dt0 = dt0 * substeps / solver.substeps
+        solver = DeerSolver(tsit5, substeps, guess=ConstantGuess())
+        report = diagnose(ODETerm(_van_der_pol), solver, 0, 10, dt0, y0)
+    assert 1 <= report.num_iterations.max() <= 15
+    assert solver.substeps >= 8
+
+
+def test_adaptive_and_chaotic():
+    report = diagnose(
+        ODETerm(_lorenz),
+        DeerSolver(tsit5, 64, method=ELK()),
+        *(0, 100, None, jnp.ones(3)),
+        stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-6),
+        max_steps=512,
+    )
+    assert report.ts[0] == 0 and report.ts[-1] == 100
+    assert len(report.ts) == len(report.num_iterations) + 1
+    assert report.num_rejected > 0
+    # It is 0.906. (Sprott, Chaos and Time-Series Analysis, 2003.)
+    assert 0.75 < report.lyapunov < 1.05
+
+
+def test_lyapunov_of_a_linear_equation():
+    term = ODETerm(lambda t, y, args: jnp.array([-2.0, -0.5]) * y)
+    report = diagnose(term, DeerSolver(tsit5, 64), 1, 41, 10, y0 + 1)
+    assert abs(report.lyapunov + 0.5) < 0.05
+    # Backwards in time.
+    report = diagnose(term, DeerSolver(tsit5, 64), 1, -39, -10, y0 + 1)
+    assert report.ts.tolist() == [1, -9, -19, -29, -39]
+    assert abs(report.lyapunov - 2.0) < 0.05
+
+
+def test_failure():
+    solver = DeerSolver(tsit5, 256, guess=ConstantGuess(), max_iters=7)
+    report = diagnose(ODETerm(_van_der_pol), solver, 0, 10, 10, y0)
+    assert report.result != RESULTS.successful
+    assert report.num_iterations.tolist() == [7]
+    assert 7 <= report.fronts[0][-1] < 256
+    assert "substeps=" in str(report)
+    matplotlib.pyplot.close(report.plot())  # pyright: ignore
+
+
+def test_memory_and_large_states():
+    size = 64
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)) / 8)
+    term = ODETerm(lambda t, y, args: dict(a=jnp.tanh(weight @ y["a"])))
+    state = dict(a=jnp.ones(size, jnp.float32))
+
+    def report(method):
+        solver = DeerSolver(diffrax.Euler(), 32, method=method)
+        return diagnose(term, solver, 0, 1, 1, state)
+
+    full, diagonal = report(ELK()), report(QuasiDEER())
+    assert full.memory is not None and diagonal.memory is not None
+    assert full.memory > 4 * 32 * size**2 > diagonal.memory
+    assert "QuasiELK" in str(full)
+
+
+def test_nothing_to_solve():
+    report = diagnose(ODETerm(_van_der_pol), DeerSolver(), 0, 0, 1, y0)
+    assert len(report.num_iterations) == 0
+    assert "not a single window" in str(report)
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match=r"diagnose\(solver=...\)"):
+        diagnose(ODETerm(_van_der_pol), cast(Any, tsit5), 0, 1, 1, y0)
+    with pytest.raises(TypeError, match="jit"):
+        jax.jit(
+            lambda y0: diagnose(ODETerm(_van_der_pol), DeerSolver(), 0, 1, 1, y0).ts
+        )(y0)

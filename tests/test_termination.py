@@ -1,0 +1,125 @@
+"""As many iterations as substeps always suffice, whatever the vector field."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffrax import ODETerm
+from diffrax_deer import (
+    ConstantGuess,
+    DEER,
+    DeerSolver,
+    ELK,
+    Jacobi,
+    Picard,
+    QuasiDEER,
+    QuasiELK,
+)
+from hypothesis import given, settings, strategies as st
+
+from .helpers import diffeqsolve, max_error, SaveAt, sequential
+
+
+SUBSTEPS = 24
+tsit5 = diffrax.Tsit5()
+
+
+def _vector_field(t, y, args):
+    linear, quadratic, cubic, frequency = args
+    return (
+        linear @ y
+        + jnp.einsum("ijk,j,k->i", quadratic, y, y)
+        - cubic * y**3
+        + jnp.cos(frequency * t)
+    )
+
+
+@eqx.filter_jit
+def _solve(method, t1, y0, args):
+    solver = DeerSolver(tsit5, SUBSTEPS, method=method, guess=ConstantGuess())
+    sol = diffeqsolve(
+        *(ODETerm(_vector_field), solver, jnp.zeros_like(t1), t1, t1, y0, args),
+        saveat=SaveAt(t1=True, solver_state=True),
+        max_steps=1,
+        throw=False,
+    )
+    okay = sol.result == diffrax.RESULTS.successful
+    return sol.solver_state.ys, okay, sol.solver_state.num_iterations
+
+
+@eqx.filter_jit
+def _sequential(t1, y0, args):
+    def body(y, t0__t1):
+        out = tsit5.step(ODETerm(_vector_field), *t0__t1, y, args, (), False)
+        return out[0], out[0]
+
+    ts = t1 * jnp.linspace(0, 1, SUBSTEPS + 1, dtype=y0.dtype)
+    return jax.lax.scan(body, y0, (ts[:-1], ts[1:]))[1]
+
+
+numbers = st.floats(-1, 1, width=16)
+scales = st.sampled_from((0.0, 0.1, 1.0, 10.0))
+
+
+@st.composite
+def problems(draw):
+    array = lambda *shape: np.reshape(
+        draw(st.lists(numbers, min_size=np.prod(shape), max_size=np.prod(shape))),
+        shape,
+    )
+    args = (
+        draw(scales) * array(3, 3),
+        draw(scales) * array(3, 3, 3),
+        draw(st.sampled_from((0.0, 0.1, 1.0))),
+        10 * draw(numbers),
+    )
+    return draw(st.sampled_from((0.1, 1.0, 10.0))), 10 * draw(scales) * array(3), args
+
+
+methods = (DEER(), QuasiDEER(), ELK(), QuasiELK(), Picard(), Jacobi())
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@pytest.mark.parametrize("method", methods, ids=lambda x: type(x).__name__)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problem=problems())
+def test_every_finite_problem(method, dtype, problem):
+    t1, y0, args = jax.tree_util.tree_map(lambda x: np.asarray(x, dtype), problem)
+    ref = np.asarray(_sequential(t1, y0, args))
+    # What a few rounding errors become is as much as can be asked for.
+    eps = np.finfo(dtype).eps
+    nearby = np.asarray(_sequential(t1, y0 * (1 + 4 * eps) + eps, args))
+    ys, okay, num_iterations = map(np.asarray, _solve(method, t1, y0, args))
+    assert 0 < num_iterations <= SUBSTEPS
+    assert np.isfinite(ys).all()
+    largest = np.finfo(dtype).max / 100
+    if np.isfinite(ref).all() and np.isfinite(nearby).all() and ref.max() < largest:
+        assert okay
+        # Nothing that comes later must disturb what comes before.
+        size = np.maximum.accumulate(np.max(np.abs(ref), axis=-1))
+        noise = np.maximum.accumulate(np.max(np.abs(nearby - ref), axis=-1))
+        tol = 1e-8 if dtype == np.float64 else 1e-3
+        assert np.all(np.max(np.abs(ys - ref), axis=-1) <= tol * size + 300 * noise)
+    elif np.isnan(ref).any():
+        assert not okay
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@pytest.mark.parametrize("method", (DEER(), ELK()), ids=lambda x: type(x).__name__)
+def test_lorenz(method, dtype):
+    # In a single window, from a constant guess. Undamped, it is far from anything for
+    # most of the time.
+    def lorenz(t, y, args):
+        x, y, z = y
+        return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+
+    term, substeps = ODETerm(lorenz), 512
+    y0, t1 = jnp.ones(3, dtype), dtype(2)
+    solver = DeerSolver(tsit5, substeps, method=method, guess=ConstantGuess())
+    sol = diffeqsolve(term, solver, dtype(0), t1, t1, y0, max_steps=1)
+    ts = np.linspace(0, 2, substeps + 1, dtype=dtype)
+    reference = sequential(term, tsit5, ts, y0).ys
+    assert sol.ys.dtype == dtype
+    assert max_error(sol.ys, reference) < (1e-3 if dtype == np.float32 else 1e-9)
