@@ -147,6 +147,8 @@ class Iteration(eqx.Module):
             & (rate >= 0.5)
             & (state.num_iterations > 0)
         )
+        # It may even make it worse, as a large `A` amplifies rounding errors.
+        new_ys = jnp.where(stagnates, ys, new_ys)
         num_iterations = state.num_iterations + 1
         finite = jnp.all(okay)
         complete = num_iterations == substeps
