@@ -31,8 +31,9 @@ from ._save import save
 from ._scan import AbstractScan, AutoScan
 from ._solver import DeerSolver
 from ._state import DeerState
-from ._step import OneStepMap, Window
+from ._step import OneStepMap
 from ._trajectory import Trajectory
+from ._window import Window
 
 
 # By default, keep trajectories of up to this many bytes, or if that is more, of up to
@@ -458,19 +459,20 @@ def _trajectory(
         dense_infos = None
 
     # Where the solver does not form the Jacobians, neither do we.
-    window = Window(step, jnp.append(t0s, t1s[-1]), y0)
+    window = Window(step=step, ts=jnp.append(t0s, t1s[-1]), y0=y0)
     linearise = lambda: method.linearise(window, ys)
     is_diagonal = jax.eval_shape(linearise).ndim == ys.ndim
     preconditioner = without_gradient(linearise) if is_diagonal else None
 
-    def one_step(t0, t1, y0):
+    def one_step(times, y0):
+        t0, t1 = times
         substep = step.substep(t0, t1, step.unravel(y0))
         dense_info = substep.dense_info if keep_dense_infos else None
         return step.ravel(substep.y1), dense_info
 
-    one_step = eqx.filter_closure_convert(one_step, t0s[0], t1s[0], y0)
+    one_step = eqx.filter_closure_convert(one_step, (t0s[0], t1s[0]), y0)
     ys, dense_infos = implicit_trajectory(
-        *(ys, dense_infos, one_step, t0s, t1s, y0),
+        *(ys, dense_infos, one_step, (t0s, t1s), y0),
         scan=scan,
         preconditioner=preconditioner,
         chunk_size=layout.chunk_size,

@@ -29,7 +29,7 @@ from ._joint import Iteration, State
 from ._method import AbstractDampedMethod
 from ._solver import DeerSolver
 from ._state import DeerState
-from ._step import Window
+from ._window import Window
 
 
 # No more iterations of each window than these are kept.
@@ -293,9 +293,8 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
             terms, t0, t1, y0, args, deer_state, made_jump
         )
         ts = uniform_grid(t0, t1, self.solver.substeps)
-        iteration, guess = self.solver.prepare(terms, ts, y0, args, deer_state)
+        window, iteration, guess = self.solver.prepare(terms, ts, y0, args, deer_state)
         state, residuals, fronts = _observe(iteration, guess(), self.history)
-        window = iteration.window
         ys = window.ravel_all(new_deer_state.ys)
         growth, direction = _growth(window, ys, direction)
         # As floating point numbers, for Diffrax fills what it does not use with `inf`.
@@ -346,9 +345,9 @@ def _growth(window: Window, ys: Float[Array, "substeps size"], direction: Array)
     it points to at its end."""
     tiny = jnp.finfo(ys.dtype).tiny
 
-    def body(direction, t0__t1__start):
-        t0, t1, start = t0__t1__start
-        step = lambda y: window.step(t0, t1, y)
+    def body(direction, inputs):
+        x, start = inputs
+        step = lambda y: window.substep(x, y)
         _, moved = jax.jvp(step, (start,), (direction,))
         norm = jnp.maximum(jnp.linalg.norm(moved), tiny)
         # What has vanished cannot be followed any further.
@@ -356,7 +355,7 @@ def _growth(window: Window, ys: Float[Array, "substeps size"], direction: Array)
         return jnp.where(okay, moved / norm, direction), jnp.log(norm)
 
     direction = direction / jnp.maximum(jnp.linalg.norm(direction), tiny)
-    inputs = (window.ts[:-1], window.ts[1:], window.starts(ys))
+    inputs = (window.inputs, window.starts(ys))
     direction, growth = lax.scan(body, direction, inputs)
     return jnp.sum(growth), direction
 

@@ -8,12 +8,19 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PyTree, Real
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from ._scan import AbstractScan
 
 
 _T = TypeVar("_T")
+
+
+def _with_tangents(x, t_x):
+    """What of `x` has a tangent, what has none, and the tangents."""
+    is_none = lambda t: t is None
+    has_tangent = jtu.tree_map(lambda t: t is not None, t_x, is_leaf=is_none)
+    return *eqx.partition(x, has_tangent), eqx.filter(t_x, has_tangent)
 
 
 def without_gradient(fn: Callable[[], _T]) -> _T:
@@ -31,8 +38,7 @@ def implicit_trajectory(
     ys: Float[Array, "substeps size"],
     infos: PyTree[Float[Array, "substeps ..."]],
     step: Callable,
-    t0s: Real[Array, " substeps"],
-    t1s: Real[Array, " substeps"],
+    xs: PyTree[Shaped[Array, "substeps ..."]],
     y0: Float[Array, " size"],
     *,
     scan: AbstractScan,
@@ -40,9 +46,9 @@ def implicit_trajectory(
     chunk_size: int,
     num_chunks: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "substeps size"], PyTree[Float[Array, "substeps ..."]]]:
-    """The trajectory that satisfies `step(t0s[n], t1s[n], ys[n - 1]) = ys[n], infos[n]`
-    for all `n`, as a function of `y0`, `t0s`, `t1s`, and all that `step` closes over,
-    which it must contain as a PyTree. The trajectory itself must be known already.
+    """The trajectory that satisfies `step(xs[n], ys[n - 1]) = ys[n], infos[n]` for all
+    `n`, as a function of `y0`, `xs`, and all that `step` closes over, which it must
+    contain as a PyTree. The trajectory itself must be known already.
 
     By the implicit function theorem the derivative is a linear recurrence, and its
     transpose another one, backwards in time. To bound the memory needed, these work on
@@ -51,17 +57,17 @@ def implicit_trajectory(
     Without a `preconditioner`, the Jacobians of the substeps are formed. With one, that
     is with approximations to their diagonals, only products with them are.
     """
-    del step, t0s, t1s, y0, scan, preconditioner, chunk_size, num_chunks
+    del step, xs, y0, scan, preconditioner, chunk_size, num_chunks
     return ys, infos
 
 
 @implicit_trajectory.def_jvp
 def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
-    ys, infos, step, t0s, t1s, y0 = primals
-    _, _, t_step, t_t0s, t_t1s, t_y0 = tangents
+    ys, infos, step, xs, y0 = primals
+    _, _, t_step, t_xs, t_y0 = tangents
     # For higher derivatives: the rule below also depends on the solution.
     ys, infos = implicit_trajectory(
-        *(ys, infos, step, t0s, t1s, y0),
+        *(ys, infos, step, xs, y0),
         scan=scan,
         preconditioner=preconditioner,
         chunk_size=chunk_size,
@@ -73,17 +79,8 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
     assert substeps == max_chunks * chunk_size
 
     # Only what has a tangent takes part in the differentiation.
-    is_none = lambda x: x is None
-    has_tangent = jtu.tree_map(lambda x: x is not None, t_step, is_leaf=is_none)
-    params, fixed = eqx.partition(step, has_tangent)
-    t_params = eqx.filter(t_step, has_tangent)
-    has_times = t_t0s is not None or t_t1s is not None
-    t_times = None
-    if has_times:
-        t_times = tuple(
-            jnp.zeros_like(t) if t_t is None else t_t
-            for t, t_t in ((t0s, t_t0s), (t1s, t_t1s))
-        )
+    params, fixed, t_params = _with_tangents(step, t_step)
+    moved_xs, fixed_xs, t_xs = _with_tangents(xs, t_xs)
 
     def at(x, index):
         return jtu.tree_map(
@@ -110,19 +107,19 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
         and where to linearise it.
         """
         pick = (lambda x: x) if index is None else (lambda x: at(x, index))
-        times = pick((t0s, t1s))
+        fixed_inputs = pick(fixed_xs)
 
-        def fn(params, some_times, starts):
-            some_times = times if some_times is None else some_times
-            return jax.vmap(eqx.combine(params, fixed))(*some_times, starts)
+        def fn(params, inputs, starts):
+            inputs = eqx.combine(inputs, fixed_inputs)
+            return jax.vmap(eqx.combine(params, fixed))(inputs, starts)
 
-        return fn, (params, times if has_times else None, pick(starts))
+        return fn, (params, pick(moved_xs), pick(starts))
 
     def jacobians(index, ct_infos):
         # Exact, by moving all substeps along the same unit vectors. Those of `infos`
         # are only needed as a product with some vector.
-        fn, (params, times, starts) = substeps_of(index)
-        _, jvp = jax.linearize(lambda starts: fn(params, times, starts), starts)
+        fn, (params, inputs, starts) = substeps_of(index)
+        _, jvp = jax.linearize(lambda starts: fn(params, inputs, starts), starts)
 
         def column(unit):
             A, info = jvp(jnp.broadcast_to(unit, starts.shape))
@@ -138,8 +135,8 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
         if preconditioner is None:
             A, _ = jacobians(index, at(infos, index))
             return scan(A, b)
-        fn, (params, times, starts) = substeps_of(index)
-        _, jvp = jax.linearize(lambda starts: fn(params, times, starts)[0], starts)
+        fn, (params, inputs, starts) = substeps_of(index)
+        _, jvp = jax.linearize(lambda starts: fn(params, inputs, starts)[0], starts)
         shift = lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
         D = at(preconditioner, index)
         return _iterative(lambda x: jvp(shift(x)), lambda r: scan(D, r), b)
@@ -155,8 +152,8 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
             A_T = jnp.swapaxes(A, -1, -2)
             x = scan(shift(A_T), b + shift(from_infos), reverse=True)
             return x, jnp.sum(A_T[0] * x[0], axis=-1) + from_infos[0]
-        fn, (params, times, starts) = substeps_of(index)
-        _, vjp = jax.vjp(lambda starts: fn(params, times, starts), starts)
+        fn, (params, inputs, starts) = substeps_of(index)
+        _, vjp = jax.vjp(lambda starts: fn(params, inputs, starts), starts)
         product = lambda x, ct_infos: vjp((x, ct_infos))[0]
         b = b + shift(product(jnp.zeros_like(b), ct_infos))
         no_infos = jtu.tree_map(jnp.zeros_like, ct_infos)
@@ -182,12 +179,12 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
         return x_ys - x_ends, x_infos, *x_inputs, x_y0
 
     def solve(b):
-        x_ys, x_infos, x_params, x_times, x_y0 = b
+        x_ys, x_infos, x_params, x_xs, x_y0 = b
 
         def body(index, carry):
             x_ys, x_infos, x_start = carry
             fn, primals = substeps_of(index)
-            x_inputs = (x_params, at(x_times, index))
+            x_inputs = (x_params, at(x_xs, index))
             # The value at the start of the chunk is just another input.
             x_starts = jnp.zeros((chunk_size, size), ys.dtype).at[0].set(x_start)
             _, (b, _) = jax.jvp(fn, primals, (*x_inputs, x_starts))
@@ -199,38 +196,38 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
             return x_ys, set_at(x_infos, index, x_info), x_chunk[-1]
 
         x_ys, x_infos, _ = loop(body, (x_ys, x_infos, x_y0))
-        return x_ys, x_infos, x_params, x_times, x_y0
+        return x_ys, x_infos, x_params, x_xs, x_y0
 
     def transpose_solve(b):
-        x_ys, x_infos, x_params, x_times, x_y0 = b
+        x_ys, x_infos, x_params, x_xs, x_y0 = b
 
         def body(index, carry):
-            x_ys, x_params, x_times, x_end = carry
+            x_ys, x_params, x_xs, x_end = carry
             x_info = at(x_infos, index)
             b = at(x_ys, index).at[-1].add(x_end)
             x_chunk, x_start = transpose_recurrence(index, b, x_info)
             x_ys = set_at(x_ys, index, x_chunk)
             # A vector field that cannot be differentiated in reverse mode will do, as
             # long as only the initial value is being differentiated.
-            if len(jtu.tree_leaves((x_params, x_times))) > 0:
-                fn, (params, times, starts) = substeps_of(index)
-                _, vjp = jax.vjp(lambda *x: fn(*x, starts), params, times)  # pyright: ignore
-                d_params, d_times = vjp((x_chunk, x_info))
+            if len(jtu.tree_leaves((x_params, x_xs))) > 0:
+                fn, (params, inputs, starts) = substeps_of(index)
+                _, vjp = jax.vjp(lambda p, x: fn(p, x, starts), params, inputs)
+                d_params, d_xs = vjp((x_chunk, x_info))
                 x_params = jtu.tree_map(jnp.add, x_params, d_params)
-                d_times = jtu.tree_map(jnp.add, at(x_times, index), d_times)
-                x_times = set_at(x_times, index, d_times)
-            return x_ys, x_params, x_times, x_start
+                d_xs = jtu.tree_map(jnp.add, at(x_xs, index), d_xs)
+                x_xs = set_at(x_xs, index, d_xs)
+            return x_ys, x_params, x_xs, x_start
 
-        carry = (x_ys, x_params, x_times, jnp.zeros_like(x_y0))
-        x_ys, x_params, x_times, x_start = loop(body, carry, reverse=True)
-        return x_ys, x_infos, x_params, x_times, x_y0 + x_start
+        carry = (x_ys, x_params, x_xs, jnp.zeros_like(x_y0))
+        x_ys, x_params, x_xs, x_start = loop(body, carry, reverse=True)
+        return x_ys, x_infos, x_params, x_xs, x_y0 + x_start
 
     zeros = jtu.tree_map(jnp.zeros_like, (ys, infos))
     t_y0 = jnp.zeros_like(y0) if t_y0 is None else t_y0
     # As a single vector, as if one part of the right-hand side is being differentiated
     # then JAX wants this of all of them. (Parameters may be of any precision.)
     with jax.numpy_dtype_promotion("standard"):
-        b, unravel = ravel_pytree((*zeros, t_params, t_times, t_y0))
+        b, unravel = ravel_pytree((*zeros, t_params, t_xs, t_y0))
 
     def flat(fn):
         def flat_fn(x):

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import RESULTS
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -12,7 +13,7 @@ from ._custom_types import RealScalarLike
 from ._implicit import implicit_trajectory, without_gradient
 from ._method import AbstractMethod
 from ._scan import AbstractScan, Matrices
-from ._step import is_finite, Window
+from ._window import AbstractWindow, is_finite
 
 
 # What the rounding errors made in one substep amount to, in units of its values'
@@ -49,7 +50,7 @@ class State(eqx.Module):
 class Iteration(eqx.Module):
     """A fixed-point iteration for all substeps of a window."""
 
-    window: Window
+    window: AbstractWindow
     method: AbstractMethod
     scan: AbstractScan
     rtol: RealScalarLike | None
@@ -141,7 +142,7 @@ class Iteration(eqx.Module):
         else:
             carried = jnp.sum(weights * jnp.abs(starts)[:, None, :], axis=-1)
         size = jnp.abs(ys) + carried
-        rounding_error = _ROUNDING * window.step.eps * size
+        rounding_error = _ROUNDING * window.eps * size
         stagnates = (
             jnp.all(jnp.abs(r) <= rounding_error)
             & (rate >= 0.5)
@@ -166,7 +167,7 @@ class Iteration(eqx.Module):
         self, scale: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size"]:
         """How far values of this size may be from the solution."""
-        rtol, atol, eps = self.rtol, self.atol, self.window.step.eps
+        rtol, atol, eps = self.rtol, self.atol, self.window.eps
         if rtol is None:
             rtol = 1e-10 if eps < 1e-12 else 40 * eps
         if atol is None:
@@ -195,14 +196,15 @@ def joint_solve(
     # derivatives that may have overflowed.
     ys = jnp.where(okay, solution.ys, lax.stop_gradient(window.y0))
 
-    def step(t0, t1, y0):
-        y1 = jnp.where(okay, window.step(t0, t1, y0), lax.stop_gradient(y0))
+    def step(x, y0):
+        y1 = jnp.where(okay, window.substep(x, y0), lax.stop_gradient(y0))
         return y1, None
 
-    t0s, t1s = window.ts[:-1], window.ts[1:]
-    step = eqx.filter_closure_convert(step, t0s[0], t1s[0], window.y0)
+    xs = window.inputs
+    x0 = jtu.tree_map(lambda x: x[0], xs)
+    step = eqx.filter_closure_convert(step, x0, window.y0)
     ys, _ = implicit_trajectory(
-        *(ys, None, step, t0s, t1s, window.y0),
+        *(ys, None, step, xs, window.y0),
         scan=iteration.scan,
         preconditioner=solution.A if solution.A.ndim == ys.ndim else None,
         chunk_size=ys.shape[0],

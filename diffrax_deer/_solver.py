@@ -30,7 +30,8 @@ from ._joint import Iteration, joint_solve
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
 from ._state import DeerState
-from ._step import OneStepMap, Window
+from ._step import OneStepMap
+from ._window import Window
 
 
 class DeerSolver(AbstractWrappedSolver[DeerState]):
@@ -199,8 +200,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         solver_state: DeerState | None,
     ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
         """As `step`, but on any grid, which also may have any number of substeps."""
-        iteration, guess = self.prepare(terms, ts, y0, args, solver_state)
-        window, step = iteration.window, iteration.window.step
+        window, iteration, guess = self.prepare(terms, ts, y0, args, solver_state)
+        step = window.step
         solution = joint_solve(iteration, guess)
         ys = solution.ys
         starts = window.starts(ys)
@@ -239,10 +240,10 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         y0: Y,
         args: Args,
         solver_state: DeerState | None,
-    ) -> tuple[Iteration, Callable[[], Float[Array, "substeps size"]]]:
-        """The iteration that solves a window, and what it begins with."""
+    ) -> tuple[Window, Iteration, Callable[[], Float[Array, "substeps size"]]]:
+        """A window, the iteration that solves it, and what that begins with."""
         step = OneStepMap(self.solver, terms, y0, args)
-        window = Window(step, ts, step.ravel(y0))
+        window = Window(step=step, ts=ts, y0=step.ravel(y0))
 
         def cold():
             ys = self.guess(self.solver, terms, ts, y0, args, solver_state)
@@ -259,7 +260,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             return window.finite(window.ravel_all(ys))
 
         iteration = Iteration(
-            window,
+            window=window,
             method=self.method,
             scan=self.scan,
             rtol=self.rtol,
@@ -267,7 +268,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             norm=self.norm,
             max_iters=ts.shape[0] - 1 if self.max_iters is None else self.max_iters,
         )
-        return iteration, guess
+        return window, iteration, guess
 
     def _window_error(self, errors, starts, ys, A):
         # What the errors made on each substep have become at the end of the window.

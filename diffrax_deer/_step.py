@@ -19,7 +19,7 @@ from diffrax import (
     RESULTS,
 )
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, PyTree, Real
+from jaxtyping import Array, Float, PyTree, Real
 
 
 class Substep(eqx.Module):
@@ -94,66 +94,6 @@ class OneStepMap(eqx.Module):
             return self.substep(t0, t1, self.unravel(y0))
 
         return jax.vmap(one)(t0s, t1s, starts)
-
-
-class Window(eqx.Module):
-    """The substeps that are solved jointly."""
-
-    step: OneStepMap
-    # The times at which the substeps begin and end.
-    ts: Real[Array, " substeps_plus_1"]
-    # The value at the start of the window.
-    y0: Float[Array, " size"]
-
-    # The size of the axis has to be given for the sake of states without any leaf.
-
-    def ravel_all(self, ys: PyTree[Array]) -> Float[Array, "substeps size"]:
-        return jax.vmap(self.step.ravel, axis_size=self.ts.size - 1)(ys)
-
-    def unravel_all(self, ys: Float[Array, "substeps size"]) -> PyTree[Array]:
-        return jax.vmap(self.step.unravel)(ys)
-
-    def finite(
-        self, ys: Float[Array, "substeps size"]
-    ) -> Float[Array, "substeps size"]:
-        """Replaces values that are not finite by the one at the start of the window."""
-        return jnp.where(is_finite(ys)[:, None], ys, self.y0[None])
-
-    def starts(
-        self, ys: Float[Array, "substeps size"]
-    ) -> Float[Array, "substeps size"]:
-        """The values at the start of every substep, from those at their ends."""
-        return jnp.concatenate([self.y0[None], ys[:-1]])
-
-    def substeps(self, starts: Float[Array, "substeps size"]) -> Substep:
-        """The full output of each substep, with a leading axis `substeps`."""
-        return self.step.substeps(self.ts[:-1], self.ts[1:], starts)
-
-    def ends(
-        self, starts: Float[Array, "substeps size"]
-    ) -> Float[Array, "substeps size"]:
-        """The values that the substeps lead to."""
-        return jax.vmap(self.step)(self.ts[:-1], self.ts[1:], starts)
-
-    def jacobian(
-        self, starts: Float[Array, "substeps size"]
-    ) -> Float[Array, "substeps size size"]:
-        """The exact Jacobian of every substep."""
-        jacobian = jax.jacfwd(self.step, argnums=2)
-        return jax.vmap(jacobian)(self.ts[:-1], self.ts[1:], starts)
-
-    def vector_field_jacobian(
-        self, ys: Float[Array, "substeps size"]
-    ) -> Float[Array, "substeps size size"]:
-        """The Jacobian of the vector field at the end of every substep."""
-        assert self.step.vector_field is not None
-        jacobian = jax.jacfwd(self.step.vector_field, argnums=1)
-        return jax.vmap(jacobian)(self.ts[1:], ys)
-
-
-def is_finite(ys: Float[Array, "substeps size"]) -> Bool[Array, " substeps"]:
-    """Whether all values of a substep are finite, and so are their differences."""
-    return jnp.all(jnp.abs(ys) < jnp.finfo(ys.dtype).max / 4, axis=-1)
 
 
 def is_ode(terms: PyTree[AbstractTerm]) -> bool:

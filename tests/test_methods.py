@@ -22,7 +22,8 @@ from diffrax_deer import (
     SequentialScan,
 )
 from diffrax_deer._method._linearise import diagonal_jacobians, full_jacobians
-from diffrax_deer._step import OneStepMap, Window
+from diffrax_deer._step import OneStepMap
+from diffrax_deer._window import Window
 
 from .helpers import diffeqsolve, max_error, root_finder, sequential
 
@@ -205,7 +206,7 @@ def test_diagonals(solver):
     rates = jnp.array([-1.0, 0.3, -5.0])
     term = ODETerm(lambda t, y, args: rates * y)
     y0, ts = jnp.ones(3), jnp.linspace(0, 1, 9)
-    window = Window(OneStepMap(solver, term, y0, None), ts, y0)
+    window = Window(step=OneStepMap(solver, term, y0, None), ts=ts, y0=y0)
     ys = jnp.ones((8, 3))
     exact = jax.vmap(jnp.diag)(full_jacobians(window, ys, exact=True))
     all_kwargs: list[dict[str, Any]] = [

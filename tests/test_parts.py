@@ -14,7 +14,8 @@ from diffrax_deer import (
 )
 from diffrax_deer._interpolation import uniform_grid
 from diffrax_deer._method._linearise import matrix_exponential, matrix_polynomial
-from diffrax_deer._step import is_ode, OneStepMap, Window
+from diffrax_deer._step import is_ode, OneStepMap
+from diffrax_deer._window import Window
 
 from .helpers import explicit_solvers, max_error, problem, solver_id
 
@@ -93,7 +94,7 @@ def test_linearisation(jacobian, solver):
     term = ODETerm(lambda t, y, args: J @ y)
     ts = jnp.linspace(0, 2, 6)
     y0 = jnp.array([1.0, 2.0])
-    window = Window(OneStepMap(solver, term, y0, None), ts, y0)
+    window = Window(step=OneStepMap(solver, term, y0, None), ts=ts, y0=y0)
     ys = jnp.ones((5, 2))
     A = DEER(jacobian).linearise(window, ys)
     exact = window.jacobian(ys)

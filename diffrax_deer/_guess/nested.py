@@ -11,7 +11,8 @@ from .._joint import Iteration
 from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, AutoScan
 from .._state import DeerState
-from .._step import OneStepMap, Window
+from .._step import OneStepMap
+from .._window import Window
 from ._coarse_grid import best, coarse_grid, interpolate
 from .base import AbstractGuess
 from .coarse import CoarseGuess
@@ -69,10 +70,10 @@ class NestedGuess(AbstractGuess):
         coarse_ts = coarse_grid(ts, steps)
         coarse_solver = solver if self.solver is None else self.solver
         step = OneStepMap(coarse_solver, terms, y0, args)
-        window = Window(step, coarse_ts, step.ravel(y0))
+        window = Window(step=step, ts=coarse_ts, y0=step.ravel(y0))
         ys = guess(coarse_solver, terms, coarse_ts, y0, args, None)
         iteration = Iteration(
-            window,
+            window=window,
             method=self.method,
             scan=self.scan,
             rtol=_RTOL,

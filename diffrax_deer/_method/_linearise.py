@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._step import Window
+from .._window import AbstractWindow, has_linear_ode, Window
 
 
 # The Taylor polynomial of degree 4 of `exp(X)` is used up to this norm, where it is
@@ -18,13 +18,15 @@ _MAX_SQUARINGS = 64
 
 
 def full_jacobians(
-    window: Window, ys: Float[Array, "substeps size"], *, exact: bool
+    window: AbstractWindow, ys: Float[Array, "substeps size"], *, exact: bool
 ) -> Float[Array, "substeps size size"]:
     """The Jacobian of every substep, or an approximation that takes only one Jacobian
     of the vector field for each of them."""
-    step = window.step
-    if exact or step.vector_field is None or step.exponential is None:
+    if exact or not has_linear_ode(window):
         return window.jacobian(window.starts(ys))
+    assert isinstance(window, Window)
+    step = window.step
+    assert step.exponential is not None
     J = window.vector_field_jacobian(ys)
     X = _magnus(J, jnp.diff(window.ts).astype(J.dtype)[:, None, None])
     if step.exponential == "exact":
@@ -34,7 +36,7 @@ def full_jacobians(
 
 
 def diagonal_jacobians(
-    window: Window,
+    window: AbstractWindow,
     ys: Float[Array, "substeps size"],
     *,
     exact: bool,
@@ -42,9 +44,11 @@ def diagonal_jacobians(
     key: PRNGKeyArray | None,
 ) -> Float[Array, "substeps size"]:
     """The same for the diagonals of the Jacobians, without ever forming these."""
-    step = window.step
-    if exact or step.vector_field is None or step.exponential is None:
+    if exact or not has_linear_ode(window):
         return _diagonals(window.ends, window.starts(ys), samples, key)
+    assert isinstance(window, Window)
+    step = window.step
+    assert step.exponential is not None
 
     def vector_field(ys):
         assert step.vector_field is not None

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._scan import AbstractScan, Matrices
-from .._step import Window
+from .._window import AbstractWindow
 
 
 class AbstractMethod(eqx.Module):
@@ -19,7 +19,7 @@ class AbstractMethod(eqx.Module):
     @abc.abstractmethod
     def linearise(
         self,
-        window: Window,
+        window: AbstractWindow,
         ys: Float[Array, "substeps size"],
     ) -> Matrices:
         r"""Approximate the Jacobians of all substeps.

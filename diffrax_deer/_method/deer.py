@@ -4,7 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from .._checks import check_jacobian
-from .._step import Window
+from .._window import AbstractWindow
 from ._linearise import full_jacobians
 from .base import AbstractUndampedMethod
 
@@ -35,7 +35,7 @@ class DEER(AbstractUndampedMethod):
 
     def linearise(
         self,
-        window: Window,
+        window: AbstractWindow,
         ys: Float[Array, "substeps size"],
     ) -> Float[Array, "substeps size size"]:
         return full_jacobians(window, ys, exact=self.jacobian == "exact")

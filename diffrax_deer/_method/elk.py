@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from .._checks import check_damping, check_jacobian, check_positive_int
 from .._custom_types import RealScalarLike
 from .._scan import AbstractScan, Matrices
-from .._step import Window
+from .._window import AbstractWindow
 from ._linearise import diagonal_jacobians, full_jacobians
 from .base import AbstractMethod
 
@@ -98,7 +98,7 @@ class ELK(AbstractDampedMethod):
         check_jacobian(self.jacobian, "ELK(jacobian=...)")
 
     def linearise(
-        self, window: Window, ys: Float[Array, "substeps size"]
+        self, window: AbstractWindow, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size size"]:
         return full_jacobians(window, ys, exact=self.jacobian == "exact")
 
@@ -144,7 +144,7 @@ class QuasiELK(AbstractDampedMethod):
             check_positive_int(self.samples, "QuasiELK(samples=...)")
 
     def linearise(
-        self, window: Window, ys: Float[Array, "substeps size"]
+        self, window: AbstractWindow, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size"]:
         return diagonal_jacobians(
             window,

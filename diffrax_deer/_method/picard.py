@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._step import Window
+from .._window import AbstractWindow
 from .base import AbstractUndampedMethod
 
 
@@ -26,7 +26,7 @@ class Picard(AbstractUndampedMethod):
     """
 
     def linearise(
-        self, window: Window, ys: Float[Array, "substeps size"]
+        self, window: AbstractWindow, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size"]:
         del window
         return jnp.ones_like(ys)

@@ -5,7 +5,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_jacobian, check_positive_int
-from .._step import Window
+from .._window import AbstractWindow
 from ._linearise import diagonal_jacobians
 from .base import AbstractUndampedMethod
 
@@ -42,7 +42,7 @@ class QuasiDEER(AbstractUndampedMethod):
             check_positive_int(self.samples, "QuasiDEER(samples=...)")
 
     def linearise(
-        self, window: Window, ys: Float[Array, "substeps size"]
+        self, window: AbstractWindow, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size"]:
         return diagonal_jacobians(
             window,
