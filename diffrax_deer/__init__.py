@@ -18,6 +18,11 @@ from ._method import (
     QuasiDEER as QuasiDEER,
     QuasiELK as QuasiELK,
 )
+from ._recurrence import (
+    deer_scan as deer_scan,
+    deer_scan_solution as deer_scan_solution,
+    ScanSolution as ScanSolution,
+)
 from ._scan import (
     AbstractScan as AbstractScan,
     AssociativeScan as AssociativeScan,

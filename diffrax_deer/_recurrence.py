@@ -1,0 +1,308 @@
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from diffrax import RESULTS
+from jax.flatten_util import ravel_pytree
+from jax.interpreters import partial_eval as pe
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from ._checks import check_instance, check_positive_int, check_state, check_tolerance
+from ._custom_types import RealScalarLike
+from ._joint import Iteration, joint_solve
+from ._method import AbstractMethod, DEER
+from ._scan import AbstractScan, AutoScan
+from ._window import AbstractWindow
+
+
+_Carry = TypeVar("_Carry")
+
+
+class ScanSolution(eqx.Module):
+    """What [`diffrax_deer.deer_scan_solution`][] returns.
+
+    **Attributes:**
+
+    - `carry`: the final carry.
+    - `ys`: the outputs, stacked.
+    - `carries`: the carries after each element, stacked like `ys`. This is the `guess`
+        for the next time.
+    - `num_iterations`: the number of iterations. An integer.
+    - `result`: `diffrax.RESULTS.successful`, or why there is no solution. Then the
+        floating point parts of all carries are those of `init`.
+    """
+
+    carry: PyTree[Array]
+    ys: PyTree[Array]
+    carries: PyTree[Array]
+    num_iterations: Int[Array, ""]
+    result: RESULTS
+
+
+class _Recurrence(AbstractWindow):
+    """Substeps that are the elements of a scan."""
+
+    fn: Callable
+    xs: PyTree[Shaped[Array, "substeps ..."]]
+    y0: Float[Array, " size"]
+    precision: float
+
+    @property
+    def eps(self) -> float:
+        return self.precision
+
+    @property
+    def inputs(self) -> PyTree[Shaped[Array, "substeps ..."]]:
+        return self.xs
+
+    def substep(self, x: PyTree[Array], y: Float[Array, " size"]) -> Array:
+        return self.fn(x, y)
+
+
+def deer_scan(
+    f: Callable[[_Carry, Any], tuple[_Carry, Any]],
+    init: _Carry,
+    xs: PyTree[Any],
+    length: int | None = None,
+    reverse: bool = False,
+    *,
+    method: AbstractMethod = DEER(),
+    scan: AbstractScan = AutoScan(),
+    guess: PyTree[Any] | None = None,
+    rtol: RealScalarLike | None = None,
+    atol: RealScalarLike | None = None,
+    max_iters: int | None = None,
+) -> tuple[_Carry, Any]:
+    """`jax.lax.scan`, in parallel over the elements.
+
+    All carries are found at once, by an iteration whose every pass evaluates `f` for
+    all elements in parallel, and solves a linear recurrence between them. Up to the
+    tolerance of this iteration they are those of `jax.lax.scan`, and so are the
+    derivatives, of any order, in forward and in reverse mode, with respect to `init`,
+    `xs`, and all that `f` closes over.
+
+    It pays where one element after the other leaves the device idle: for long sequences
+    and small carries. `f` has to be differentiable in forward mode with respect to the
+    carry.
+
+    !!! example
+
+        ```python
+        def classify(cell, xs):
+            f = lambda carry, x: (cell(x, carry), None)
+            carry, _ = deer_scan(f, jnp.zeros(cell.hidden_size), xs)
+            return carry
+
+        jax.vmap(classify, in_axes=(None, 0))(equinox.nn.GRUCell(...), batch_of_xs)
+        ```
+
+    **Arguments:**
+
+    - `f`, `init`, `xs`, `length`, `reverse`: as for `jax.lax.scan`. Parts of the carry
+        that are not floating point numbers (a counter, a random key) may not depend on
+        those that are, and are found sequentially.
+    - `method`: how `f` is linearised. See [`diffrax_deer.AbstractMethod`][]. For a
+        carry of hundreds of numbers use [`diffrax_deer.QuasiDEER`][].
+    - `scan`: how the linear recurrence is evaluated. See
+        [`diffrax_deer.AbstractScan`][].
+    - `guess`: the first guess: a PyTree like `init` with an additional leading axis,
+        for the carries after each element (in the order of `xs`). Defaults to `init`
+        throughout. It is not differentiated.
+    - `rtol`, `atol`, `max_iters`: as for [`diffrax_deer.DeerSolver`][].
+
+    **Returns:**
+
+    The final carry and the stacked outputs, like `jax.lax.scan`. If the iteration does
+    not converge then this raises an error at run time.
+
+    ??? cite "Reference"
+
+        ```bibtex
+        @inproceedings{lim2024parallelizing,
+            author={Lim, Yi Heng and Zhu, Qi and Selfridge, Joshua and
+                    Kasim, Muhammad Firmansyah},
+            title={Parallelizing non-linear sequential models over the sequence length},
+            booktitle={International Conference on Learning Representations},
+            year={2024},
+        }
+        ```
+    """
+    solution = deer_scan_solution(
+        *(f, init, xs, length, reverse),
+        method=method,
+        scan=scan,
+        guess=guess,
+        rtol=rtol,
+        atol=atol,
+        max_iters=max_iters,
+    )
+    # Only what is floating point depends on it. (And random keys cannot be checked.)
+    floats, others = eqx.partition((solution.carry, solution.ys), eqx.is_inexact_array)
+    failed = solution.result != RESULTS.successful
+    return eqx.combine(solution.result.error_if(floats, failed), others)
+
+
+def deer_scan_solution(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: PyTree[Any],
+    xs: PyTree[Any],
+    length: int | None = None,
+    reverse: bool = False,
+    *,
+    method: AbstractMethod = DEER(),
+    scan: AbstractScan = AutoScan(),
+    guess: PyTree[Any] | None = None,
+    rtol: RealScalarLike | None = None,
+    atol: RealScalarLike | None = None,
+    max_iters: int | None = None,
+) -> ScanSolution:
+    """As [`diffrax_deer.deer_scan`][], but tells how it went.
+
+    **Arguments:**
+
+    As for [`diffrax_deer.deer_scan`][].
+
+    **Returns:**
+
+    A [`diffrax_deer.ScanSolution`][]. This does not raise an error if the iteration
+    fails: look at its `result`.
+    """
+    check_instance(method, AbstractMethod, "deer_scan(method=...)")
+    check_instance(scan, AbstractScan, "deer_scan(scan=...)")
+    if rtol is not None:
+        check_tolerance(rtol, "deer_scan(rtol=...)")
+    if atol is not None:
+        check_tolerance(atol, "deer_scan(atol=...)")
+    if max_iters is not None:
+        check_positive_int(max_iters, "deer_scan(max_iters=...)")
+    # Whatever JAX refuses, it refuses here.
+    reference = lambda: lax.scan(f, init, xs, length, reverse)
+    carry_form, _ = jax.eval_shape(reference)
+    init = jtu.tree_map(_as, init, carry_form)
+    length = _length(xs, length)
+    guess = _checked_guess(guess, init, length)
+    if length == 0:
+        carry, ys = reference()
+        zero = jnp.array(0, jnp.int32)
+        return ScanSolution(carry, ys, guess, zero, RESULTS.successful)
+    if reverse:
+        xs, guess = _flip(xs), _flip(guess)
+
+    # Many occurrences, one trace.
+    f = jax.jit(f)
+    floats, others = eqx.partition(init, eqx.is_inexact_array)
+    check_state(floats, "init")
+    other_starts, other_ends = _scan_others(f, floats, others, xs, length)
+    y0, unravel = ravel_pytree(floats)
+
+    def substep(other__x, y):
+        other, x = other__x
+        carry, _ = f(eqx.combine(unravel(y), other), x)
+        return _ravel_floats(carry)
+
+    window = _Recurrence(
+        fn=substep,
+        xs=(other_starts, xs),
+        y0=y0,
+        precision=max(
+            (float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(floats)),
+            default=0.0,
+        ),
+    )
+    iteration = Iteration(
+        window=window,
+        method=method,
+        scan=scan,
+        rtol=rtol,
+        atol=atol,
+        norm=optx.max_norm,
+        max_iters=length if max_iters is None else max_iters,
+    )
+    ravel_all = jax.vmap(_ravel_floats, axis_size=length)
+    solution = joint_solve(iteration, lambda: window.finite(ravel_all(guess)))
+
+    def output(start, other, x):
+        _, y = f(eqx.combine(unravel(start), other), x)
+        return y
+
+    starts = window.starts(solution.ys)
+    ys = jax.vmap(output, axis_size=length)(starts, other_starts, xs)
+    carries = eqx.combine(jax.vmap(unravel)(solution.ys), other_ends)
+    carry = jtu.tree_map(lambda x: x[-1], carries)
+    if reverse:
+        ys, carries = _flip(ys), _flip(carries)
+    return ScanSolution(carry, ys, carries, solution.num_iterations, solution.result)
+
+
+def _as(x, form):
+    x = x if eqx.is_array(x) else jnp.asarray(x)
+    return x if x.dtype == form.dtype else x.astype(form.dtype)
+
+
+def _length(xs, length):
+    leaves = jtu.tree_leaves(xs)
+    return int(length) if len(leaves) == 0 else jnp.shape(leaves[0])[0]
+
+
+def _flip(xs):
+    return jtu.tree_map(lambda x: jnp.flip(x, axis=0), xs)
+
+
+def _ravel_floats(carry):
+    return ravel_pytree(eqx.filter(carry, eqx.is_inexact_array))[0]
+
+
+def _checked_guess(guess, init, length):
+    constant = jtu.tree_map(
+        lambda x: jnp.broadcast_to(x, (length, *jnp.shape(x))), init
+    )
+    if guess is None:
+        return constant
+    form = lambda x: (jnp.shape(x), jnp.result_type(x))
+    same_structure = jtu.tree_structure(guess) == jtu.tree_structure(init)
+    if same_structure and jtu.tree_map(form, guess) == jtu.tree_map(form, constant):
+        return guess
+    raise ValueError(
+        "`deer_scan(guess=...)` must be a PyTree like `init`, with an additional "
+        f"leading axis for the {length} elements on every leaf. Expected\n"
+        f"{jax.eval_shape(lambda: constant)}\nbut got\n{jax.eval_shape(lambda: guess)}"
+    )
+
+
+def _scan_others(f, floats, others, xs, length):
+    """The parts of the carries that are not floating point numbers, before and after
+    each element."""
+    if len(jtu.tree_leaves(others)) == 0:
+        return others, others
+
+    def step(floats, others, x):
+        carry, _ = f(eqx.combine(floats, others), x)
+        return eqx.filter(carry, eqx.is_inexact_array, inverse=True)
+
+    x = jtu.tree_map(lambda x: x[0], xs)
+    if _depends_on_first(step, floats, others, x):
+        raise TypeError(
+            "`deer_scan(f, ...)` cannot take a carry of which some part that is not "
+            "floating point depends on one that is, as there is no derivative to find "
+            "it by. Use `jax.lax.scan`."
+        )
+    floats = lax.stop_gradient(floats)
+
+    def body(others, x):
+        new_others = step(floats, others, x)
+        return new_others, (others, new_others)
+
+    _, starts_and_ends = lax.scan(body, others, xs, length)
+    return starts_and_ends
+
+
+def _depends_on_first(fn, first, *rest):
+    """Whether any output of `fn` depends on any part of its first argument."""
+    jaxpr = jax.make_jaxpr(fn)(first, *rest).jaxpr
+    _, used = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return any(used[: len(jtu.tree_leaves(first))])

@@ -1,0 +1,308 @@
+"""`deer_scan`, against `jax.lax.scan`."""
+
+import functools as ft
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from diffrax import RESULTS
+from diffrax_deer import (
+    AssociativeScan,
+    DEER,
+    deer_scan,
+    deer_scan_solution,
+    ELK,
+    Jacobi,
+    Picard,
+    QuasiDEER,
+    QuasiELK,
+    SequentialScan,
+)
+from jax.flatten_util import ravel_pytree
+
+from .helpers import max_error
+
+
+SIZE = 3
+
+
+class Tanh(eqx.Module):
+    """A vanilla recurrent neural network."""
+
+    weight: jax.Array
+    linear: eqx.nn.Linear
+
+    def __init__(self, input_size, hidden_size, *, key):
+        self.weight = jr.normal(key, (hidden_size, hidden_size)) / hidden_size**0.5
+        self.linear = eqx.nn.Linear(input_size, hidden_size, key=key)
+
+    def __call__(self, x, h):
+        return jnp.tanh(self.weight @ h + self.linear(x))
+
+
+def _problem(cls, length, dtype):
+    cell = cls(2, SIZE, key=jr.key(0))
+    xs = jr.normal(jr.key(1), (length, 2))
+    init = 0.1 * jr.normal(jr.key(2), (SIZE,))
+    if cls is eqx.nn.LSTMCell:
+        init = (init, -init)
+    to_dtype = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x
+    return jtu.tree_map(to_dtype, (cell, init, xs))
+
+
+def _loss(inputs, scan):
+    cell, init, xs = inputs
+
+    def f(h, x):
+        h = cell(x, h)
+        y = h[0] if isinstance(h, tuple) else h
+        return h, dict(y=jnp.sin(y[:2]), x=jnp.sum(x))
+
+    carry, ys = scan(f, init, xs)
+    leaves = jtu.tree_leaves((carry, ys))
+    return sum(jnp.sum(jnp.cos(leaf)) / leaf.size for leaf in leaves), (carry, ys)
+
+
+@eqx.filter_jit
+def _value_and_grad(inputs, scan):
+    return eqx.filter_value_and_grad(_loss, has_aux=True)(inputs, scan)
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+@pytest.mark.parametrize("length", (1, 2, 1000, 17984))
+@pytest.mark.parametrize("cls", (eqx.nn.GRUCell, eqx.nn.LSTMCell, Tanh))
+def test_cells(cls, length, dtype):
+    inputs = _problem(cls, length, dtype)
+    (_, out), grad = _value_and_grad(inputs, deer_scan)
+    # In double precision, so that its own rounding errors do not count.
+    inputs = _problem(cls, length, jnp.float64)
+    if dtype == jnp.float32:
+        inputs = jtu.tree_map(
+            lambda x, y: jnp.asarray(x, jnp.float64) if eqx.is_inexact_array(x) else y,
+            _problem(cls, length, dtype),
+            inputs,
+        )
+    (_, expected_out), expected_grad = _value_and_grad(inputs, lax.scan)
+    tol = 1e-4 if dtype == jnp.float32 else 1e-9
+    arrays = lambda x: eqx.filter(x, eqx.is_inexact_array)
+    assert {x.dtype for x in jtu.tree_leaves(arrays((out, grad)))} == {jnp.dtype(dtype)}
+    assert max_error(out, expected_out) < tol
+    for part, expected_part in zip(grad, expected_grad):
+        part, expected_part = (
+            ravel_pytree(arrays(x))[0] for x in (part, expected_part)
+        )
+        assert max_error(part, expected_part) < tol
+
+
+methods = (
+    QuasiDEER(),
+    QuasiDEER(samples=4),
+    ELK(),
+    QuasiELK(0.01),
+    Picard(),
+    Jacobi(),
+    DEER("exact"),
+)
+
+
+@pytest.mark.parametrize("method", methods, ids=lambda x: type(x).__name__)
+def test_methods(method):
+    inputs = _problem(eqx.nn.GRUCell, 100, jnp.float64)
+    fn = ft.partial(deer_scan, method=method, reverse=True)
+    (loss, out), grad = _value_and_grad(inputs, fn)
+    reference = ft.partial(lax.scan, reverse=True)
+    (expected, expected_out), expected_grad = _value_and_grad(inputs, reference)
+    assert max_error((loss, out), (expected, expected_out)) < 1e-9
+    arrays = lambda x: ravel_pytree(eqx.filter(x, eqx.is_inexact_array))[0]
+    assert max_error(arrays(grad), arrays(expected_grad)) < 1e-9
+
+
+@pytest.mark.parametrize("scan", (SequentialScan(), AssociativeScan()))
+def test_higher_derivatives_and_batches(scan):
+    def fn(scan):
+        def fn(a, init, xs):
+            f = lambda y, x: (jnp.sin(a * y + x), a * y)
+            carry, ys = scan(f, init, xs)
+            return carry + jnp.sum(ys**2)
+
+        hessian = jax.hessian(fn, argnums=(0, 1, 2))
+        return jax.jit(jax.vmap(hessian, in_axes=(0, None, 0)))
+
+    args = jnp.array([0.5, 1.2]), 0.3, jr.normal(jr.key(0), (2, 10))
+    assert max_error(
+        fn(ft.partial(deer_scan, scan=scan))(*args), fn(lax.scan)(*args)
+    ) < (1e-9)
+
+
+# What the documentation of JAX shows, and users do.
+
+
+def _cumsum(carry, x):
+    return carry + x, carry + x
+
+
+def _fibonacci(carry, _):
+    a, b = carry
+    return (b, a + b), b
+
+
+def _counter(carry, x):
+    count, total = carry
+    return (count + 1, total + x * count), dict(mean=total / (count + 1), count=count)
+
+
+def _random(carry, x):
+    key, position = carry
+    key, subkey = jr.split(key)
+    return (key, 0.9 * position + jr.normal(subkey)), position * x
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("length", (0, 1, 5))
+@pytest.mark.parametrize(
+    "f,init,make_xs",
+    (
+        (_cumsum, 0.0, lambda n: jnp.arange(n, dtype=float)),
+        (_cumsum, 0, jnp.arange),
+        (_cumsum, jnp.zeros((2, 3)), lambda n: np.ones((n, 2, 3))),
+        (_cumsum, jnp.zeros((0,)), lambda n: jnp.ones((n, 0))),
+        (_fibonacci, (jnp.array(0.0), jnp.array(1.0)), lambda n: None),
+        (_fibonacci, (jnp.array(0), jnp.array(1)), lambda n: None),
+        (_counter, (0, 1.0), lambda n: jnp.linspace(0, 1, n)),
+        (_random, (jr.key(0), 1.0), lambda n: jnp.linspace(0, 1, n)),
+        (lambda c, x: (None, x), None, lambda n: jnp.arange(n)),
+        (lambda c, x: (c, None), dict(a=1.0, b=()), lambda n: jnp.arange(n)),
+        (jax.jit(_counter), (0, 1.0), lambda n: jnp.linspace(0, 1, n)),
+    ),
+)
+def test_same_as_scan(f, init, make_xs, length, reverse):
+    actual = deer_scan(f, init, make_xs(length), length, reverse)
+    expected = lax.scan(f, init, make_xs(length), length, reverse)
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    data = lambda x: jr.key_data(x) if is_key(x) else x
+    # JAX hands back Python numbers that it has got no use for.
+    actual, expected = jtu.tree_map(jnp.asarray, (actual, expected))
+    actual, expected = jtu.tree_map(data, (actual, expected))
+    assert jtu.tree_structure(actual) == jtu.tree_structure(expected)
+    assert jtu.tree_map(lambda x: x.dtype, actual) == jtu.tree_map(
+        lambda x: x.dtype, expected
+    )
+    assert max_error(actual, expected) < 1e-12
+
+
+def test_guess():
+    cell, init, xs = _problem(eqx.nn.GRUCell, 200, jnp.float64)
+    f = lambda h, x: (cell(x, h), None)
+
+    @jax.jit
+    def solve(xs, guess):
+        return deer_scan_solution(f, init, xs, reverse=True, guess=guess)
+
+    cold = solve(xs, None)
+    warm = solve(xs, cold.carries)
+    assert cold.result == warm.result == RESULTS.successful
+    assert warm.num_iterations <= 2 < cold.num_iterations
+    assert max_error(warm.carries, cold.carries) < 1e-9
+    assert jnp.array_equal(warm.carries[0], warm.carry)
+    expected = lax.scan(lambda h, x: (cell(x, h),) * 2, init, xs, reverse=True)[1]
+    assert max_error(warm.carries, expected) < 1e-9
+
+
+def _logistic(y, x):
+    return 4 * y * (1 - y), None
+
+
+def test_no_convergence():
+    # A chaotic map, over many times in which it can be predicted.
+    fn = lambda max_iters: deer_scan_solution(
+        _logistic, 0.3, None, 200, method=Jacobi(), max_iters=max_iters
+    )
+    failed = fn(10)
+    assert failed.result == RESULTS.nonlinear_max_steps_reached
+    assert failed.carry == 0.3
+    assert failed.num_iterations == 10
+    assert fn(None).result == RESULTS.successful
+    with pytest.raises(Exception, match="nonlinear solve"):
+        deer_scan(_logistic, 0.3, None, 200, method=Jacobi(), max_iters=10)
+    blown_up = deer_scan_solution(lambda y, x: (jnp.exp(y), None), 1.0, None, 10)
+    assert blown_up.result == RESULTS.nonfinite
+
+
+def test_memory():
+    # That of the setting in the paper on quasi-DEER, but with a larger state.
+    size, length = 256, 17984
+    cell = eqx.nn.GRUCell(6, size, key=jr.key(0))
+
+    def loss(cell, xs):
+        f = lambda h, x: (cell(x, h), None)
+        carry, _ = deer_scan(f, jnp.zeros(size, jnp.float32), xs, method=QuasiDEER())
+        return jnp.sum(carry**2)
+
+    cell = jtu.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        eqx.filter(cell, eqx.is_array),
+    )
+    static = eqx.filter(
+        eqx.nn.GRUCell(6, size, key=jr.key(0)), eqx.is_array, inverse=True
+    )
+    fn = jax.value_and_grad(lambda cell, xs: loss(eqx.combine(cell, static), xs))
+    xs = jax.ShapeDtypeStruct((length, 6), jnp.float32)
+    compiled: Any = jax.jit(fn).lower(cell, xs).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 2**30
+
+
+@pytest.mark.parametrize(
+    "args,error",
+    (
+        ((_cumsum, 0.0, (jnp.ones(3), jnp.ones(4))), ValueError),
+        ((_cumsum, 0.0, jnp.ones(3), 4), ValueError),
+        ((_cumsum, 0.0, None), ValueError),
+        ((_cumsum, 0.0, 1.0), ValueError),
+        ((lambda c, x: ((c, c), x), 0.0, jnp.ones(3)), TypeError),
+        ((lambda c, x: (jnp.ones(2), x), 0.0, jnp.ones(3)), TypeError),
+        ((lambda c, x: c, 0.0, jnp.ones(3)), TypeError),
+    ),
+    ids=("lengths", "length", "no-length", "scalar", "structure", "shape", "no-pair"),
+)
+def test_what_scan_refuses(args, error):
+    with pytest.raises(error) as expected:
+        lax.scan(*args)
+    with pytest.raises(error) as actual:
+        deer_scan(*args)
+    first_line = lambda e: str(e.value).splitlines()[0]
+    assert first_line(actual) == first_line(expected)
+
+
+@pytest.mark.parametrize(
+    "kwargs,error,message",
+    (
+        (dict(method="DEER"), TypeError, "method"),
+        (dict(scan=SequentialScan), TypeError, "scan"),
+        (dict(rtol=-1.0), ValueError, "rtol"),
+        (dict(atol="x"), TypeError, "atol"),
+        (dict(max_iters=0), ValueError, "max_iters"),
+        (dict(guess=jnp.ones(4)), ValueError, "guess"),
+        (dict(guess=(jnp.ones(3),)), ValueError, "guess"),
+    ),
+    ids=str,
+)
+def test_bad_input(kwargs, error, message):
+    with pytest.raises(error, match=rf"deer_scan\({message}=...\)"):
+        deer_scan(_cumsum, 0.0, jnp.ones(3), **cast(Any, kwargs))
+
+
+def test_bad_carries():
+    with pytest.raises(TypeError, match="depends on one that is"):
+        deer_scan(
+            lambda c, x: ((jnp.where(c[1] > 2, 1, 0), c[1] + x), None),
+            (jnp.array(0), jnp.array(0.0)),
+            jnp.ones(3),
+        )
+    with pytest.raises(TypeError, match="`init` must be real"):
+        deer_scan(_cumsum, 0j, jnp.ones(3))
