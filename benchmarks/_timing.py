@@ -4,11 +4,14 @@ import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from tqdm import tqdm
+
+
+_Name = TypeVar("_Name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +19,8 @@ class Timing:
     compile_seconds: float
     seconds: np.ndarray
     output: Any
+    # What XLA allocates beside inputs and outputs.
+    temp_bytes: int
 
     @property
     def median(self) -> float:
@@ -29,8 +34,8 @@ class Timing:
 
 
 def measure(
-    functions: dict[str, Callable], *args, repeats: int, compile_repeats: int = 3
-) -> dict[str, Timing]:
+    functions: dict[_Name, Callable], *args, repeats: int, compile_repeats: int = 3
+) -> dict[_Name, Timing]:
     """Compiles every function, then calls them in turn: whatever else the machine does
     meanwhile, it does to all of them.
 
@@ -61,6 +66,7 @@ def measure(
             float(np.median(compile_seconds[name])),
             np.array(seconds[name]),
             outputs[name],
+            compiled[name].memory_analysis().temp_size_in_bytes,
         )
         for name in functions
     }
