@@ -1,31 +1,48 @@
-"""What the examples share: batches, checkpoints, command line and plots."""
+"""What the examples share: training, checkpoints, command line, results and plots."""
 
 import argparse
+import dataclasses
+import importlib.metadata
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.random as jr
 import matplotlib
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 
-def batch_indices(
-    key: PRNGKeyArray, step: int, dataset_size: int, batch_size: int
-) -> Int[Array, " batch_size"]:
-    """The indices of the training examples of one step. Every epoch visits each once.
+_Batch = TypeVar("_Batch")
+_Model = TypeVar("_Model", bound=eqx.Module)
 
-    As this is a pure function, a training run can be continued from any step.
-    """
-    epoch, position = divmod(step, dataset_size // batch_size)
-    permutation = jr.permutation(jr.fold_in(key, epoch), dataset_size)
-    return permutation[position * batch_size : (position + 1) * batch_size]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingPreset:
+    num_train: int
+    num_val: int
+    num_test: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    checkpoint_every: int
+    # In double precision, rounding errors stay small enough throughout training that
+    # the losses with both solvers agree. In single precision they grow apart.
+    dtype: Literal["float32", "float64"]
+
+
+#
+# Files
+#
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -45,6 +62,141 @@ def save_leaves(path: Path, tree: PyTree) -> None:
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2) + "\n"
     atomic_write(path, lambda file: file.write(text.encode()))
+
+
+#
+# Training
+#
+
+
+class Learner(eqx.Module, Generic[_Model]):
+    """What a training step changes."""
+
+    model: _Model
+    opt_state: optax.OptState
+
+
+class History(eqx.Module):
+    """What every training step was like."""
+
+    loss: np.ndarray
+    seconds: np.ndarray
+    # For each member of the batch. Only with DEER.
+    iterations: np.ndarray
+    compile_seconds: np.ndarray
+
+
+class Checkpoint(eqx.Module, Generic[_Model]):
+    """As each batch is a pure function of the seed and the step, `step` is the position
+    of the random number generator, too.
+    """
+
+    learner: Learner[_Model]
+    step: int
+    history: History
+
+
+def _initial_checkpoint(
+    model: _Model, optimiser: optax.GradientTransformation, preset: TrainingPreset
+) -> Checkpoint[_Model]:
+    opt_state = optimiser.init(eqx.filter(model, eqx.is_array))
+    history = History(
+        loss=np.zeros(preset.steps),
+        seconds=np.zeros(preset.steps),
+        iterations=np.zeros((preset.steps, preset.batch_size), int),
+        compile_seconds=np.zeros(()),
+    )
+    return Checkpoint(Learner(model, opt_state), 0, history)
+
+
+def _make_train_step(loss_fn, optimiser):
+    def train_step(learner, batch):
+        (loss, iterations), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(
+            learner.model, batch
+        )
+        updates, opt_state = optimiser.update(grads, learner.opt_state)
+        model = eqx.apply_updates(learner.model, updates)
+        return Learner(model, opt_state), loss, iterations
+
+    return train_step
+
+
+def train(
+    name: str,
+    loss_fn: Callable[
+        [_Model, _Batch], tuple[Float[Array, ""], Int[Array, " batch"] | None]
+    ],
+    optimiser: optax.GradientTransformation,
+    model: _Model,
+    make_batch: Callable[[int], _Batch],
+    preset: TrainingPreset,
+    path: Path,
+    describe: Callable[[_Batch], str] | None = None,
+) -> tuple[_Model, History]:
+    """**Arguments:**
+
+    - `name`: stands before the progress bar.
+    - `loss_fn`: returns the loss, and the number of iterations made for each member of
+        the batch, if there are any.
+    - `model`: the untrained model.
+    - `make_batch`: a pure function of the number of the training step.
+    - `path`: the checkpoint. If it exists then training is continued from there.
+    - `describe`: what to show of a batch in the progress bar.
+    """
+    checkpoint = _initial_checkpoint(model, optimiser, preset)
+    if path.exists():
+        checkpoint = eqx.tree_deserialise_leaves(path, checkpoint)
+    learner, history = checkpoint.learner, checkpoint.history
+    if checkpoint.step == preset.steps:
+        return learner.model, history
+
+    batch = make_batch(checkpoint.step)
+    start = time.perf_counter()
+    train_step = eqx.filter_jit(_make_train_step(loss_fn, optimiser))
+    # All batches are alike, so this happens only once.
+    train_step = train_step.lower(learner, batch).compile()  # pyright: ignore
+    history.compile_seconds[()] += time.perf_counter() - start
+
+    bar = tqdm(desc=name, initial=checkpoint.step, total=preset.steps, unit="step")
+    for step in range(checkpoint.step, preset.steps):
+        batch = make_batch(step)
+        start = time.perf_counter()
+        learner, *outputs = train_step(learner, batch)
+        loss, iterations = jax.device_get(outputs)
+        history.seconds[step] = time.perf_counter() - start
+        history.loss[step] = loss
+        if iterations is not None:
+            history.iterations[step] = iterations
+
+        done = step + 1
+        if done % preset.checkpoint_every == 0 or done == preset.steps:
+            save_leaves(path, Checkpoint(learner, done, history))
+        text = f"loss {loss:.2e}"
+        if describe is not None:
+            text += f", {describe(batch)}"
+        if iterations is not None:
+            text += f", {np.mean(iterations):.1f} iterations"
+        bar.set_postfix_str(text, refresh=False)
+        bar.update()
+    bar.close()
+    return learner.model, history
+
+
+def batch_indices(
+    key: PRNGKeyArray, step: int, dataset_size: int, batch_size: int
+) -> Int[Array, " batch_size"]:
+    """The indices of the training examples of one step. Every epoch visits each once.
+
+    As this is a pure function, a training run can be continued from any step.
+    """
+    epoch, position = divmod(step, dataset_size // batch_size)
+    permutation = jr.permutation(jr.fold_in(key, epoch), dataset_size)
+    return permutation[position * batch_size : (position + 1) * batch_size]
+
+
+#
+# Command line
+#
 
 
 def start_run(output: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -142,6 +294,77 @@ def argument_parser(
     return parser
 
 
+#
+# Results
+#
+
+
+class Result(NamedTuple):
+    model: Any
+    history: History
+    # Of the model, before and after training.
+    metrics: dict[str, float]
+
+
+def loss_difference(results: dict[str, Result]) -> np.ndarray:
+    """The relative difference of the losses in every step."""
+    deer, sequential = (result.history.loss for result in results.values())
+    return np.abs(deer - sequential) / sequential
+
+
+def summarise(
+    results: dict[str, Result], settings: dict[str, Any], packages: Sequence[str] = ()
+) -> dict[str, Any]:
+    solvers: dict[str, dict[str, Any]] = {}
+    for name, (_, history, metrics) in results.items():
+        solvers[name] = dict(
+            **metrics,
+            training_loss=history.loss.tolist(),
+            compile_seconds=float(history.compile_seconds),
+            training_seconds=float(np.sum(history.seconds)),
+            median_step_seconds=float(np.median(history.seconds)),
+        )
+        if np.any(history.iterations > 0):
+            solvers[name]["mean_iterations"] = float(np.mean(history.iterations))
+    packages = ["diffrax-deer", "equinox", "jax", "jaxlib", "optax", *packages]
+    return dict(
+        settings=settings,
+        solvers=solvers,
+        max_relative_loss_difference=float(np.max(loss_difference(results)))
+        if len(results) == 2
+        else None,
+        device=device_description(),
+        versions={name: importlib.metadata.version(name) for name in sorted(packages)},
+    )
+
+
+def print_summary(summary: dict[str, Any], metrics: dict[str, tuple[str, str]]) -> None:
+    """**Arguments:**
+
+    - `summary`: from `summarise`.
+    - `metrics`: for each row, which of the metrics it shows, and in what format.
+    """
+    rows = {
+        "compilation": ("compile_seconds", "{:.1f} s"),
+        "training, without compilation": ("training_seconds", "{:.1f} s"),
+        "median training step": ("median_step_seconds", "{:.2g} s"),
+        **metrics,
+    }
+    solvers = summary["solvers"]
+    print(f"\n{summary['device']:30}" + "".join(f"{name:>12}" for name in solvers))
+    for label, (key, form) in rows.items():
+        values = (form.format(solver[key]) for solver in solvers.values())
+        print(f"{label:30}" + "".join(f"{value:>12}" for value in values))
+    for solver in solvers.values():
+        if "mean_iterations" in solver:
+            print(f"{'iterations':30}{solver['mean_iterations']:>12.2f}")
+    difference = summary["max_relative_loss_difference"]
+    if difference is not None:
+        print(
+            f"\nThe two loss curves agree to a relative difference of {difference:.1e}."
+        )
+
+
 _STYLE: Any = {
     "figure.constrained_layout.use": True,
     "font.size": 11,
@@ -156,15 +379,63 @@ _STYLE: Any = {
 
 
 def save_plot(
-    path: Path, draw: Callable[..., None], size: tuple[float, float], columns: int = 1
+    path: Path,
+    draw: Callable[..., None],
+    size: tuple[float, float],
+    columns: int = 1,
+    rows: int = 1,
 ) -> None:
-    """`draw` is called with one set of axes for each column."""
+    """`draw` is called with one set of axes for each column, row after row."""
     # Neither needs nor opens a display, unlike `pyplot`.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size)
-        axes: list[Axes] = list(figure.subplots(1, columns, squeeze=False)[0])
+        axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
         draw(*axes)
         atomic_write(path, lambda file: figure.savefig(file, format="png"))
+
+
+def plot_loss(
+    path: Path,
+    preset: TrainingPreset,
+    results: dict[str, Result],
+    colours: dict[str, str],
+    title: str,
+    ylabel: str,
+) -> None:
+    epoch = preset.num_train // preset.batch_size
+    num_epochs = preset.steps // epoch
+
+    def draw(time_axes, difference_axes=None):
+        for name, result in results.items():
+            history = result.history
+            seconds, loss = np.cumsum(history.seconds), history.loss
+            epoch_ends = epoch * np.arange(1, num_epochs + 1) - 1
+            epoch_loss = loss[: epoch * num_epochs].reshape(num_epochs, epoch).mean(1)
+            colour = colours[name]
+            label = f"{name} (after {history.compile_seconds:.0f} s of compilation)"
+            time_axes.semilogy(seconds, loss, color=colour, lw=0.8, alpha=0.25)
+            time_axes.semilogy(
+                seconds[epoch_ends], epoch_loss, color=colour, lw=1.8, label=label
+            )
+        time_axes.set(
+            title=title,
+            xlabel="wall-clock time, without compilation (s)",
+            ylabel=ylabel,
+        )
+        time_axes.legend()
+        if difference_axes is not None:
+            steps = np.arange(1, preset.steps + 1)
+            # The logarithmic scale has no place for zero.
+            difference = np.maximum(loss_difference(results), 1e-17)
+            difference_axes.semilogy(steps, difference, "k.", ms=3)
+            difference_axes.set(
+                title=f"Difference between {' and '.join(results)}",
+                xlabel="training step",
+                ylabel="relative difference of the losses",
+            )
+
+    columns = len(results)
+    save_plot(path, draw, size=(5.5 * columns, 4.2), columns=columns)
 
 
 def device_description() -> str:

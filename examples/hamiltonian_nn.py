@@ -15,11 +15,9 @@ the sequence length", ICLR 2024.
 
 import dataclasses
 import functools as ft
-import importlib.metadata
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast, Literal, NamedTuple
+from typing import cast
 
 import diffrax as dfx
 import equinox as eqx
@@ -31,10 +29,16 @@ import optax
 from _common import (
     argument_parser,
     batch_indices,
-    device_description,
+    History,
+    plot_loss,
+    print_summary,
+    Result,
     save_leaves,
     save_plot,
     start_run,
+    summarise,
+    train,
+    TrainingPreset,
     write_json,
 )
 from diffrax_deer import DeerAdjoint, DeerSolver
@@ -42,8 +46,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 
-@dataclasses.dataclass(frozen=True)
-class Preset:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset(TrainingPreset):
     width: int
     depth: int
     # The number of steps of the solver, and of points of each trajectory.
@@ -51,16 +55,6 @@ class Preset:
     time: float
     # The fractions of this time over which to train, one after the other.
     stages: tuple[float, ...]
-    num_train: int
-    num_val: int
-    num_test: int
-    batch_size: int
-    steps: int
-    learning_rate: float
-    checkpoint_every: int
-    # In double precision, rounding errors stay small enough throughout training that
-    # the losses with both solvers agree. In single precision they grow apart.
-    dtype: Literal["float32", "float64"]
 
     def horizon(self, step: int) -> float:
         stage = step * len(self.stages) // self.steps
@@ -246,13 +240,6 @@ class Experiment(eqx.Module):
         )
 
 
-class Learner(eqx.Module):
-    """What a training step changes."""
-
-    hamiltonian: eqx.nn.MLP
-    opt_state: optax.OptState
-
-
 class Batch(eqx.Module):
     indices: Int[Array, " batch"]
     y0s: Float[Array, "batch 8"]
@@ -260,62 +247,7 @@ class Batch(eqx.Module):
     horizon: Float[Array, ""]
 
 
-class History(eqx.Module):
-    """What every training step was like."""
-
-    loss: np.ndarray
-    seconds: np.ndarray
-    # For each trajectory of the batch. Only with DEER.
-    iterations: np.ndarray
-    compile_seconds: np.ndarray
-
-
-class Checkpoint(eqx.Module):
-    """As each batch is a pure function of the seed and the step, `step` is the position
-    of the random number generator, too.
-    """
-
-    learner: Learner
-    step: int
-    history: History
-
-
-def make_train_step(solver, optimiser, points):
-    def loss_fn(hamiltonian, batch):
-        ys, iterations = predict(
-            hamiltonian, batch.y0s, batch.horizon, solver=solver, points=points
-        )
-        return jnp.mean((ys - batch.truth) ** 2), iterations
-
-    def train_step(learner: Learner, batch: Batch):
-        (loss, iterations), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(
-            learner.hamiltonian, batch
-        )
-        updates, opt_state = optimiser.update(grads, learner.opt_state)
-        hamiltonian = eqx.apply_updates(learner.hamiltonian, updates)
-        return Learner(hamiltonian, opt_state), loss, iterations
-
-    return train_step
-
-
-def initial_checkpoint(
-    solver: dfx.AbstractSolver,
-    optimiser: optax.GradientTransformation,
-    preset: Preset,
-    experiment: Experiment,
-) -> Checkpoint:
-    hamiltonian = experiment.hamiltonian
-    opt_state = optimiser.init(eqx.filter(hamiltonian, eqx.is_array))
-    history = History(
-        loss=np.zeros(preset.steps),
-        seconds=np.zeros(preset.steps),
-        iterations=np.zeros((preset.steps, preset.batch_size), int),
-        compile_seconds=np.zeros(()),
-    )
-    return Checkpoint(Learner(hamiltonian, opt_state), 0, history)
-
-
-def train(
+def train_with(
     name: str,
     solver: dfx.AbstractSolver,
     preset: Preset,
@@ -325,12 +257,12 @@ def train(
     optimiser = optax.adam(
         optax.cosine_decay_schedule(preset.learning_rate, preset.steps, alpha=0.05)
     )
-    checkpoint = initial_checkpoint(solver, optimiser, preset, experiment)
-    if path.exists():
-        checkpoint = eqx.tree_deserialise_leaves(path, checkpoint)
-    learner, history = checkpoint.learner, checkpoint.history
-    if checkpoint.step == preset.steps:
-        return learner.hamiltonian, history
+
+    def loss_fn(hamiltonian, batch):
+        ys, iterations = predict(
+            hamiltonian, batch.y0s, batch.horizon, solver=solver, points=preset.points
+        )
+        return jnp.mean((ys - batch.truth) ** 2), iterations
 
     @ft.lru_cache(maxsize=1)
     def truth(horizon):
@@ -349,47 +281,21 @@ def train(
             horizon=jnp.asarray(horizon, preset.dtype),
         )
 
-    batch = make_batch(checkpoint.step)
-    start = time.perf_counter()
-    train_step = eqx.filter_jit(make_train_step(solver, optimiser, preset.points))
-    # The horizon is an argument like any other, so this happens only once.
-    train_step = train_step.lower(learner, batch).compile()  # pyright: ignore
-    history.compile_seconds[()] += time.perf_counter() - start
-
-    bar = tqdm(desc=name, initial=checkpoint.step, total=preset.steps, unit="step")
-    for step in range(checkpoint.step, preset.steps):
-        batch = make_batch(step)
-        start = time.perf_counter()
-        learner, *outputs = train_step(learner, batch)
-        loss, iterations = jax.device_get(outputs)
-        history.seconds[step] = time.perf_counter() - start
-        history.loss[step] = loss
-        if iterations is not None:
-            history.iterations[step] = iterations
-
-        done = step + 1
-        if done % preset.checkpoint_every == 0 or done == preset.steps:
-            save_leaves(path, Checkpoint(learner, done, history))
-        text = f"loss {loss:.2e}, horizon {batch.horizon:.3g}"
-        if iterations is not None:
-            text += f", {np.mean(iterations):.1f} iterations"
-        bar.set_postfix_str(text, refresh=False)
-        bar.update()
-    bar.close()
-    return learner.hamiltonian, history
+    return train(
+        name,
+        loss_fn,
+        optimiser,
+        experiment.hamiltonian,
+        make_batch,
+        preset,
+        path,
+        describe=lambda batch: f"horizon {batch.horizon:.3g}",
+    )
 
 
 #
 # Results
 #
-
-
-class Result(NamedTuple):
-    hamiltonian: eqx.nn.MLP
-    history: History
-    untrained_val_loss: float
-    val_loss: float
-    test_loss: float
 
 
 def evaluate(
@@ -415,7 +321,7 @@ def run_solver(
     untrained = evaluate(solver, preset, experiment.hamiltonian, val_y0s)
     tqdm.write(f"{name}: validation loss {untrained:.2e} before training")
     path = output / f"checkpoint_{name.lower()}.eqx"
-    hamiltonian, history = train(name, solver, preset, experiment, path)
+    hamiltonian, history = train_with(name, solver, preset, experiment, path)
     val_loss = evaluate(solver, preset, hamiltonian, val_y0s)
     test_loss = evaluate(solver, preset, hamiltonian, test_y0s)
     tqdm.write(
@@ -423,105 +329,12 @@ def run_solver(
         f"({untrained / val_loss:.0f} times less)"
     )
     save_leaves(output / f"model_{name.lower()}.eqx", hamiltonian)
-    return Result(hamiltonian, history, untrained, val_loss, test_loss)
-
-
-def loss_difference(results: dict[str, Result]) -> np.ndarray:
-    """The relative difference of the losses in every step."""
-    deer, tsit5 = (result.history.loss for result in results.values())
-    return np.abs(deer - tsit5) / tsit5
-
-
-def summarise(results: dict[str, Result], settings: dict[str, Any]) -> dict[str, Any]:
-    solvers: dict[str, dict[str, Any]] = {
-        name: dict(
-            untrained_validation_loss=result.untrained_val_loss,
-            validation_loss=result.val_loss,
-            test_loss=result.test_loss,
-            training_loss=result.history.loss.tolist(),
-            compile_seconds=float(result.history.compile_seconds),
-            training_seconds=float(np.sum(result.history.seconds)),
-            median_step_seconds=float(np.median(result.history.seconds)),
-        )
-        for name, result in results.items()
-    }
-    if "DEER" in results:
-        iterations = results["DEER"].history.iterations
-        solvers["DEER"]["mean_iterations"] = float(np.mean(iterations))
-    packages = ["diffrax-deer", "diffrax", "equinox", "jax", "jaxlib", "optax"]
-    return dict(
-        settings=settings,
-        solvers=solvers,
-        max_relative_loss_difference=float(np.max(loss_difference(results)))
-        if len(results) == 2
-        else None,
-        device=device_description(),
-        versions={name: importlib.metadata.version(name) for name in packages},
+    metrics = dict(
+        untrained_validation_loss=untrained,
+        validation_loss=val_loss,
+        test_loss=test_loss,
     )
-
-
-def print_summary(summary: dict[str, Any]) -> None:
-    rows = {
-        "compilation": ("compile_seconds", "{:.1f} s"),
-        "training, without compilation": ("training_seconds", "{:.1f} s"),
-        "median training step": ("median_step_seconds", "{:.2g} s"),
-        "validation loss, untrained": ("untrained_validation_loss", "{:.2e}"),
-        "validation loss": ("validation_loss", "{:.2e}"),
-        "test loss": ("test_loss", "{:.2e}"),
-    }
-    solvers = summary["solvers"]
-    print(f"\n{summary['device']:30}" + "".join(f"{name:>12}" for name in solvers))
-    for label, (key, form) in rows.items():
-        values = (form.format(solver[key]) for solver in solvers.values())
-        print(f"{label:30}" + "".join(f"{value:>12}" for value in values))
-    if "DEER" in solvers:
-        mean = solvers["DEER"]["mean_iterations"]
-        print(f"{'iterations':30}{mean:>12.2f}")
-    difference = summary["max_relative_loss_difference"]
-    if difference is not None:
-        print(
-            f"\nThe two loss curves agree to a relative difference of {difference:.1e}."
-        )
-
-
-_COLOURS = {"DEER": "C0", "Tsit5": "C1"}
-
-
-def plot_loss(path: Path, preset: Preset, results: dict[str, Result]) -> None:
-    epoch = preset.num_train // preset.batch_size
-    num_epochs = preset.steps // epoch
-
-    def draw(time_axes, difference_axes=None):
-        for name, result in results.items():
-            history = result.history
-            seconds, loss = np.cumsum(history.seconds), history.loss
-            epoch_ends = epoch * np.arange(1, num_epochs + 1) - 1
-            epoch_loss = loss[: epoch * num_epochs].reshape(num_epochs, epoch).mean(1)
-            colour = _COLOURS[name]
-            label = f"{name} (after {history.compile_seconds:.0f} s of compilation)"
-            time_axes.semilogy(seconds, loss, color=colour, lw=0.8, alpha=0.25)
-            time_axes.semilogy(
-                seconds[epoch_ends], epoch_loss, color=colour, lw=1.8, label=label
-            )
-        time_axes.set(
-            title="Training loss of batches and epochs\n(jumps as the horizon grows)",
-            xlabel="wall-clock time, without compilation (s)",
-            ylabel="mean squared error",
-        )
-        time_axes.legend()
-        if difference_axes is not None:
-            steps = np.arange(1, preset.steps + 1)
-            # The logarithmic scale has no place for zero.
-            difference = np.maximum(loss_difference(results), 1e-17)
-            difference_axes.semilogy(steps, difference, "k.", ms=3)
-            difference_axes.set(
-                title="Difference between DEER and Tsit5",
-                xlabel="training step",
-                ylabel="relative difference of the losses",
-            )
-
-    columns = len(results)
-    save_plot(path, draw, size=(5.5 * columns, 4.2), columns=columns)
+    return Result(hamiltonian, history, metrics)
 
 
 def plot_trajectory(path: Path, ts: Array, truth: Array, learnt: Array) -> None:
@@ -596,19 +409,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, solver in solvers.items()
         if args.solver in ("both", name.lower())
     }
-    summary = summarise(results, settings)
+    summary = summarise(results, settings, packages=["diffrax"])
     write_json(args.output / "summary.json", summary)
-    print_summary(summary)
+    print_summary(
+        summary,
+        {
+            "validation loss, untrained": ("untrained_validation_loss", "{:.2e}"),
+            "validation loss": ("validation_loss", "{:.2e}"),
+            "test loss": ("test_loss", "{:.2e}"),
+        },
+    )
 
-    plot_loss(args.output / "loss.png", preset, results)
+    plot_loss(
+        args.output / "loss.png",
+        preset,
+        results,
+        colours=dict(DEER="C0", Tsit5="C1"),
+        title="Training loss of batches and epochs\n(jumps as the horizon grows)",
+        ylabel="mean squared error",
+    )
     name, result = next(iter(results.items()))
     y0s, points = experiment.test_y0s, preset.points
     horizon = jnp.asarray(preset.time, preset.dtype)
     ts = save_times(horizon, points)
     truth = simulate(y0s, horizon, points)[0]
-    learnt = predict(
-        result.hamiltonian, y0s, horizon, solver=solvers[name], points=points
-    )[0][0]
+    learnt = predict(result.model, y0s, horizon, solver=solvers[name], points=points)[
+        0
+    ][0]
     plot_trajectory(args.output / "trajectory.png", ts, truth, learnt)
     plot_energy(args.output / "energy.png", ts, truth, learnt)
     print(f"Plots: {args.output}/{{loss,trajectory,energy}}.png")

@@ -1,22 +1,24 @@
 """The examples run, and survive being killed."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
 examples = Path(__file__).parent.parent / "examples"
 
 
-def _command(output, *args):
-    script = examples / "hamiltonian_nn.py"
+def _command(name, output, *args):
     return [
         sys.executable,
-        str(script),
+        str(examples / f"{name}.py"),
         "--preset",
         "smoke",
         "--output",
@@ -25,36 +27,133 @@ def _command(output, *args):
     ]
 
 
-def _run(output, *args):
+def _run(name, output, *args):
     out = subprocess.run(
-        _command(output, *args), capture_output=True, text=True, timeout=300
+        _command(name, output, *args), capture_output=True, text=True, timeout=300
     )
     assert out.returncode == 0, out.stderr
     return out
 
 
+def _fail(name, output, *args):
+    out = subprocess.run(
+        _command(name, output, *args), capture_output=True, text=True, timeout=300
+    )
+    assert out.returncode != 0
+    assert "Traceback" not in out.stderr
+    return out.stderr
+
+
+def _check_plots(output, *plots):
+    for plot in plots:
+        assert (output / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def _check_resume(name, whole, killed, solver, *args):
+    """Killed in the middle of training, at whatever moment that is."""
+    with subprocess.Popen(_command(name, killed, "--solver", solver, *args)) as process:
+        checkpoint = killed / f"checkpoint_{solver}.eqx"
+        while not checkpoint.exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+    model = f"model_{solver}.eqx"
+    assert not (killed / model).exists()
+    _run(name, killed, "--solver", solver, "--resume", *args)
+    assert (killed / model).read_bytes() == (whole / model).read_bytes()
+
+
 def test_hamiltonian_nn(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    out = _run(whole)
+    out = _run("hamiltonian_nn", whole)
     assert str(whole) in out.stdout
-    for plot in ("loss.png", "trajectory.png", "energy.png"):
-        assert (whole / plot).read_bytes().startswith(b"\x89PNG")
+    _check_plots(whole, "loss.png", "trajectory.png", "energy.png")
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["max_relative_loss_difference"] < 1e-8
     deer, tsit5 = summary["solvers"]["DEER"], summary["solvers"]["Tsit5"]
     for solver in (deer, tsit5):
         assert solver["validation_loss"] < solver["untrained_validation_loss"]
+    _check_resume("hamiltonian_nn", whole, killed, "deer")
 
-    # Killed in the middle of training, at whatever moment that is.
-    with subprocess.Popen(_command(killed, "--solver", "deer")) as process:
-        checkpoint = killed / "checkpoint_deer.eqx"
-        while not checkpoint.exists() and process.poll() is None:
-            time.sleep(0.002)
-        process.kill()
-    assert not (killed / "model_deer.eqx").exists()
-    _run(killed, "--solver", "deer", "--resume")
-    model = "model_deer.eqx"
-    assert (killed / model).read_bytes() == (whole / model).read_bytes()
+
+def test_gru_long_sequence(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    out = _run("gru_long_sequence", whole)
+    assert str(whole) in out.stdout
+    _check_plots(whole, "loss.png", "sequences.png")
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["max_relative_loss_difference"] < 1e-8
+    for solver in summary["solvers"].values():
+        assert solver["training_loss"][-1] < solver["training_loss"][0]
+    _check_resume("gru_long_sequence", whole, killed, "deer_scan")
+
+
+def test_gru_long_sequence_data(tmp_path):
+    rng = np.random.default_rng(0)
+    data, output = tmp_path / "data.npz", tmp_path / "output"
+    x = rng.normal(loc=5, scale=100, size=(21, 30, 3))
+    np.savez(data, x=x, y=rng.integers(5, 8, size=21))
+    args = ("--data", str(data), "--steps", "3")
+    _run("gru_long_sequence", output, "--solver", "lax.scan", *args)
+    _check_plots(output, "loss.png", "sequences.png")
+    settings = json.loads((output / "settings.json").read_text())
+    assert (settings["length"], settings["num_train"]) == (30, 15)
+
+    # Another file is no reason to go on.
+    np.savez(data, x=x + 1, y=rng.integers(5, 8, size=21))
+    assert "data_sha256" in _fail("gru_long_sequence", output, "--resume", *args)
+
+
+@pytest.fixture
+def read_data(monkeypatch):
+    monkeypatch.syspath_prepend(examples)
+    return importlib.import_module("gru_long_sequence").read_data
+
+
+_good_x, _good_y = np.zeros((10, 4, 1)), np.arange(10) % 2
+
+
+@pytest.mark.parametrize(
+    "arrays,message",
+    (
+        (dict(x=_good_x), "no array `y`"),
+        (dict(z=_good_x, y=_good_y), "no array `x`"),
+        (dict(x=_good_x[0], y=_good_y), "(samples, length, channels)"),
+        (dict(x=_good_x, y=_good_y[:9]), "shape (10,)"),
+        (dict(x=_good_x, y=_good_y / 2), "integers"),
+        (dict(x=_good_x * np.nan, y=_good_y), "not finite"),
+        (dict(x=_good_x, y=0 * _good_y), "2 classes"),
+    ),
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_arrays(arrays, message, tmp_path, read_data):
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        read_data(path)
+
+
+@pytest.mark.parametrize(
+    "name,message",
+    (
+        ("absent.npz", "no file"),
+        ("text.npz", "not a file of arrays"),
+        ("text.csv", ".npz or .ts"),
+    ),
+)
+def test_bad_data_file(name, message, tmp_path, read_data):
+    path = tmp_path / name
+    if name != "absent.npz":
+        path.write_text("1,2,3")
+    with pytest.raises(SystemExit, match=message):
+        read_data(path)
+
+
+def test_ts_without_aeon(tmp_path, read_data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aeon.datasets", None)
+    path = tmp_path / "data.ts"
+    path.touch()
+    with pytest.raises(SystemExit, match="pip install aeon"):
+        read_data(path)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +166,4 @@ def test_hamiltonian_nn(tmp_path):
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
 )
 def test_bad_arguments(args, message, tmp_path):
-    out = subprocess.run(_command(tmp_path, *args), capture_output=True, text=True)
-    assert out.returncode != 0
-    assert message in out.stderr
+    assert message in _fail("hamiltonian_nn", tmp_path, *args)
