@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: example test lint format benchmark clean
+.PHONY: example example-gru test lint format benchmark clean
 
 # Installed anew whenever the dependencies change.
 $(VENV)/installed: pyproject.toml
@@ -15,6 +15,9 @@ $(VENV)/installed: pyproject.toml
 
 example: $(VENV)/installed
 	$(BIN)/python examples/hamiltonian_nn.py
+
+example-gru: $(VENV)/installed
+	$(BIN)/python examples/gru_long_sequence.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2

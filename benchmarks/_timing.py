@@ -41,13 +41,15 @@ def measure(
 
     The first compilation of a process also pays for JAX's own start, so that functions
     are compiled several times, in turn, without caches, of which the median is taken.
+    (If only once, then this time is of no interest, and JAX may keep its caches.)
     """
     progress = tqdm(total=len(functions) * (compile_repeats + repeats), unit="run")
     compiled = {}
     compile_seconds = {name: [] for name in functions}
     for _ in range(compile_repeats):
         for name, fn in functions.items():
-            jax.clear_caches()
+            if compile_repeats > 1:
+                jax.clear_caches()
             start = time.perf_counter()
             compiled[name] = jax.jit(fn).lower(*args).compile()
             compile_seconds[name].append(time.perf_counter() - start)

@@ -115,6 +115,13 @@ def deer_scan(
         throughout. It is not differentiated.
     - `rtol`, `atol`, `max_iters`: as for [`diffrax_deer.DeerSolver`][].
 
+    !!! warning
+
+        In single precision the default tolerance may be more than rounding errors
+        permit: if `f` adds terms that are much larger than the change of the carry, as
+        a GRU with a very long memory does. Then there are almost as many iterations as
+        elements. Pass `rtol=1e-4, atol=1e-5`, say.
+
     **Returns:**
 
     The final carry and the stacked outputs, like `jax.lax.scan`. If the iteration does

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import matplotlib
 import numpy as np
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 
-_Batch = TypeVar("_Batch")
+_Batch = TypeVar("_Batch", bound="TrainingBatch")
 _Model = TypeVar("_Model", bound=eqx.Module)
 
 
@@ -69,6 +70,20 @@ def write_json(path: Path, content: Any) -> None:
 #
 
 
+class TrainingBatch(eqx.Module):
+    indices: Int[Array, " batch"]
+
+
+class Extras(NamedTuple):
+    """What comes out of the solver besides the solution. Each has a leading axis for
+    the members of the batch.
+    """
+
+    iterations: Int[Array, " batch"] | None = None
+    # What it may start from the next time.
+    guess: Array | None = None
+
+
 class Learner(eqx.Module, Generic[_Model]):
     """What a training step changes."""
 
@@ -94,10 +109,14 @@ class Checkpoint(eqx.Module, Generic[_Model]):
     learner: Learner[_Model]
     step: int
     history: History
+    guesses: np.ndarray | None
 
 
 def _initial_checkpoint(
-    model: _Model, optimiser: optax.GradientTransformation, preset: TrainingPreset
+    model: _Model,
+    optimiser: optax.GradientTransformation,
+    preset: TrainingPreset,
+    guesses: np.ndarray | None,
 ) -> Checkpoint[_Model]:
     opt_state = optimiser.init(eqx.filter(model, eqx.is_array))
     history = History(
@@ -106,63 +125,70 @@ def _initial_checkpoint(
         iterations=np.zeros((preset.steps, preset.batch_size), int),
         compile_seconds=np.zeros(()),
     )
-    return Checkpoint(Learner(model, opt_state), 0, history)
+    return Checkpoint(Learner(model, opt_state), 0, history, guesses)
 
 
 def _make_train_step(loss_fn, optimiser):
-    def train_step(learner, batch):
-        (loss, iterations), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(
-            learner.model, batch
+    def train_step(learner, batch, guess):
+        (loss, extras), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(
+            learner.model, batch, guess
         )
         updates, opt_state = optimiser.update(grads, learner.opt_state)
         model = eqx.apply_updates(learner.model, updates)
-        return Learner(model, opt_state), loss, iterations
+        return Learner(model, opt_state), loss, extras
 
     return train_step
 
 
 def train(
     name: str,
-    loss_fn: Callable[
-        [_Model, _Batch], tuple[Float[Array, ""], Int[Array, " batch"] | None]
-    ],
+    loss_fn: Callable[[_Model, _Batch, Array | None], tuple[Float[Array, ""], Extras]],
     optimiser: optax.GradientTransformation,
     model: _Model,
     make_batch: Callable[[int], _Batch],
     preset: TrainingPreset,
     path: Path,
+    guesses: np.ndarray | None = None,
     describe: Callable[[_Batch], str] | None = None,
 ) -> tuple[_Model, History]:
     """**Arguments:**
 
     - `name`: stands before the progress bar.
-    - `loss_fn`: returns the loss, and the number of iterations made for each member of
-        the batch, if there are any.
+    - `loss_fn`: of the model, a batch, and its part of `guesses`.
     - `model`: the untrained model.
     - `make_batch`: a pure function of the number of the training step.
     - `path`: the checkpoint. If it exists then training is continued from there.
+    - `guesses`: for each training example, what the solver starts from the first time.
+        Every time an example is visited, what the solver returns takes its place.
     - `describe`: what to show of a batch in the progress bar.
     """
-    checkpoint = _initial_checkpoint(model, optimiser, preset)
+    checkpoint = _initial_checkpoint(model, optimiser, preset, guesses)
     if path.exists():
         checkpoint = eqx.tree_deserialise_leaves(path, checkpoint)
     learner, history = checkpoint.learner, checkpoint.history
+    guesses = checkpoint.guesses
     if checkpoint.step == preset.steps:
         return learner.model, history
 
+    def guess_for(batch):
+        return None if guesses is None else jnp.asarray(guesses[batch.indices])
+
     batch = make_batch(checkpoint.step)
+    guess = guess_for(batch)
     start = time.perf_counter()
     train_step = eqx.filter_jit(_make_train_step(loss_fn, optimiser))
     # All batches are alike, so this happens only once.
-    train_step = train_step.lower(learner, batch).compile()  # pyright: ignore
+    train_step = train_step.lower(learner, batch, guess).compile()  # pyright: ignore
     history.compile_seconds[()] += time.perf_counter() - start
 
     bar = tqdm(desc=name, initial=checkpoint.step, total=preset.steps, unit="step")
     for step in range(checkpoint.step, preset.steps):
         batch = make_batch(step)
         start = time.perf_counter()
-        learner, *outputs = train_step(learner, batch)
-        loss, iterations = jax.device_get(outputs)
+        learner, *outputs = train_step(learner, batch, guess_for(batch))
+        loss, (iterations, next_guess) = jax.device_get(outputs)
+        if guesses is not None:
+            guesses[batch.indices] = next_guess
         history.seconds[step] = time.perf_counter() - start
         history.loss[step] = loss
         if iterations is not None:
@@ -170,7 +196,7 @@ def train(
 
         done = step + 1
         if done % preset.checkpoint_every == 0 or done == preset.steps:
-            save_leaves(path, Checkpoint(learner, done, history))
+            save_leaves(path, Checkpoint(learner, done, history, guesses))
         text = f"loss {loss:.2e}"
         if describe is not None:
             text += f", {describe(batch)}"

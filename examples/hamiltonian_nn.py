@@ -29,6 +29,7 @@ import optax
 from _common import (
     argument_parser,
     batch_indices,
+    Extras,
     History,
     plot_loss,
     print_summary,
@@ -38,6 +39,7 @@ from _common import (
     start_run,
     summarise,
     train,
+    TrainingBatch,
     TrainingPreset,
     write_json,
 )
@@ -240,8 +242,7 @@ class Experiment(eqx.Module):
         )
 
 
-class Batch(eqx.Module):
-    indices: Int[Array, " batch"]
+class Batch(TrainingBatch):
     y0s: Float[Array, "batch 8"]
     truth: Float[Array, "batch points 8"]
     horizon: Float[Array, ""]
@@ -258,11 +259,12 @@ def train_with(
         optax.cosine_decay_schedule(preset.learning_rate, preset.steps, alpha=0.05)
     )
 
-    def loss_fn(hamiltonian, batch):
+    def loss_fn(hamiltonian, batch, guess):
+        del guess
         ys, iterations = predict(
             hamiltonian, batch.y0s, batch.horizon, solver=solver, points=preset.points
         )
-        return jnp.mean((ys - batch.truth) ** 2), iterations
+        return jnp.mean((ys - batch.truth) ** 2), Extras(iterations)
 
     @ft.lru_cache(maxsize=1)
     def truth(horizon):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from diffrax import ODETerm
-from diffrax_deer import DeerSolver
+from diffrax_deer import ConstantGuess, DeerSolver
 
 from .helpers import diffeqsolve, max_error, problem, SaveAt, sequential
 
@@ -49,7 +49,7 @@ def test_warm_start():
     def solve(gravity, state=None):
         return diffeqsolve(
             ODETerm(two_body),
-            DeerSolver(diffrax.Tsit5(), 256),
+            DeerSolver(diffrax.Tsit5(), 256, guess=ConstantGuess()),
             0,
             10,
             10,

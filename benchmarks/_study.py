@@ -1,0 +1,157 @@
+"""What the studies have in common: their arguments, tables, files and figures."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+from _problems import error, parallel, Problem, reference, sequential, Solve, Solved
+from _timing import environment, measure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from tqdm import tqdm
+
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.markersize": 4,
+}
+
+Row = dict[str, Any]
+
+
+def arguments(doc: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png")
+    return parser.parse_args()
+
+
+def compare(
+    problem: Problem,
+    solves: dict[str, Solve],
+    repeats: int,
+    columns: Row,
+) -> list[Row]:
+    """One row for each, and before these one for the sequential solver. All of
+    them begin with `columns`.
+    """
+    solves = {"sequential": sequential(problem), **solves}
+    timings = measure(solves, *problem.inputs, repeats=repeats, compile_repeats=1)
+    true = jax.jit(reference(problem))(*problem.inputs)
+    first = timings["sequential"].median
+    return [
+        dict(
+            **columns,
+            name=name,
+            **outcome(timing.output, true),
+            median_ms=1e3 * timing.median,
+            ratio=timing.median / first,
+        )
+        for name, timing in timings.items()
+    ]
+
+
+def sweep(
+    problem: Problem,
+    key: str,
+    values: Sequence[float | None],
+    make: Callable[[Any], dict[str, Any]],
+    columns: Row,
+) -> list[Row]:
+    """One row for each value of `key`, of which `make` makes arguments of `DeerSolver`.
+    There are no timings, so that all values but `None` can share a compilation.
+    """
+    solve = jax.jit(lambda value: parallel(problem, **make(value))(*problem.inputs))
+    true = jax.jit(reference(problem))(*problem.inputs)
+    return [
+        {**columns, key: value, **outcome(solve(value), true)}
+        for value in tqdm(values, unit="value")
+    ]
+
+
+def outcome(solved: Solved, true: jax.Array) -> Row:
+    """What has become of an attempt: if it failed then it has no error."""
+    converged = bool(solved.okay)
+    return dict(
+        converged=converged,
+        iterations=int(solved.num_iterations),
+        error=error(solved.y1, true) if converged else None,
+    )
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Prints them as tables, one for each suite."""
+    print(", ".join(f"{name} {version}" for name, version in environment().items()))
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        members = [row for row in rows if row["suite"] == suite]
+        keys = list(dict.fromkeys(k for row in members for k in row if k != "suite"))
+        lines = [keys] + [[_cell(row.get(key)) for key in keys] for row in members]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
+        print(f"\n{suite}")
+        for line in lines:
+            print("  ".join(x.ljust(n) for x, n in zip(line, widths)).rstrip())
+
+
+def _cell(value):
+    if value is None:
+        return "-"
+    elif isinstance(value, float):
+        return f"{value:.3g}"
+    else:
+        return str(value)
+
+
+def save(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        out = dict(env=environment(), rows=rows)
+        args.output.write_text(json.dumps(out, indent=2) + "\n")
+
+
+def figure(
+    path: Path | None, shape: tuple[int, int], draw: Callable[[list[Axes]], None]
+) -> None:
+    """`draw` is given that many panels to draw into, row by row."""
+    if path is None:
+        return
+    with matplotlib.rc_context(_STYLE):
+        fig = Figure(figsize=(4.2 * shape[1], 3.1 * shape[0]), layout="constrained")
+        panels = list(fig.subplots(*shape, squeeze=False).flat)
+        draw(panels)
+        for axis in (axis for panel in panels for axis in (panel.xaxis, panel.yaxis)):
+            low, high = sorted(axis.get_view_interval())
+            # Powers of ten are too few for such an axis.
+            if axis.get_scale() == "log" and high < 1e3 * low:
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+                axis.set_minor_formatter(NullFormatter())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=110)
+
+
+def series(
+    rows: Sequence[Row], x: str, y: str, **where: Any
+) -> tuple[list[Any], list[Any]]:
+    """The two columns of those rows that have both, and the values in `where`."""
+    chosen = [
+        row
+        for row in rows
+        if all(row.get(key) == value for key, value in where.items())
+        and row.get(x) is not None
+        and row.get(y) is not None
+    ]
+    return [row[x] for row in chosen], [row[y] for row in chosen]
