@@ -703,7 +703,7 @@ def test_stochastic(solver, reference):
 def test_single_precision_and_pytrees():
     def vector_field(t, y, args):
         # Not defined at zero, which is what memory that is not used may contain.
-        return dict(a=-args * y["a"] * y["b"], b=jnp.sum(y["a"]) - t / jnp.sqrt(y["b"]))
+        return dict(a=-args * y["a"] * y["b"], b=jnp.sum(y["a"]) + t / jnp.sqrt(y["b"]))
 
     @eqx.filter_jit
     @jax.value_and_grad

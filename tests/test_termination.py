@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from diffrax import ODETerm
 from diffrax_deer import (
+    AbstractScan,
     ConstantGuess,
     DEER,
     DeerSolver,
@@ -16,6 +17,7 @@ from diffrax_deer import (
     Picard,
     QuasiDEER,
     QuasiELK,
+    SequentialScan,
 )
 from hypothesis import example, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
@@ -133,3 +135,24 @@ def test_lorenz(method, dtype):
     reference = sequential(term, tsit5, ts, y0).ys
     assert sol.ys.dtype == dtype
     assert max_error(sol.ys, reference) < (1e-3 if dtype == np.float32 else 1e-9)
+
+
+class _LowPrecisionScan(AbstractScan):
+    def __call__(self, A, b, *, reverse=False):
+        cast = lambda x: x.astype(jnp.bfloat16).astype(b.dtype)
+        return cast(SequentialScan()(cast(A), cast(b), reverse=reverse))
+
+    def damped(self, A, b, damping):
+        return SequentialScan().damped(A, b, damping)
+
+
+@pytest.mark.parametrize("substeps", (1, 2, 3, 30))
+def test_inexact_scan(substeps):
+    # It takes part in the correction only, and so decides nothing but how many
+    # iterations there are.
+    term = ODETerm(lambda t, y, args: -y)
+    guess = ConstantGuess()
+    solver = DeerSolver(tsit5, substeps, scan=_LowPrecisionScan(), guess=guess)
+    sol = diffeqsolve(term, solver, 0, 1, 1, 1.0, max_steps=1)
+    reference = sequential(term, tsit5, np.linspace(0, 1, substeps + 1), 1.0)
+    assert max_error(sol.ys, reference.ys) < 1e-9

@@ -57,8 +57,8 @@ class AbstractMethod(eqx.Module):
         **Returns:**
 
         What to add to `ys`, and whether its size tells how far away the solution is. If
-        the first $n$ residuals are zero, then so must be the first $n$ corrections, and
-        the one that follows must equal its residual.
+        the first $n$ residuals are zero, then so are the first $n$ corrections, and the
+        one that follows equals its residual, whatever is returned for them.
         """
 
 

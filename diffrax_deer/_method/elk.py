@@ -64,7 +64,7 @@ class AbstractDampedMethod(AbstractMethod):
             lambda: scan(A, r_scaled),
             lambda: scan.damped(A, r_scaled, damping),
         )
-        return jnp.where(behind, r, delta * scale), is_telling
+        return delta * scale, is_telling
 
 
 class ELK(AbstractDampedMethod):
