@@ -1,5 +1,6 @@
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -83,3 +84,16 @@ def check_state(y: PyTree, name: str) -> None:
                 f"`{name}` must be floating point, got dtype {dtype}. Convert it with "
                 "`.astype(float)`."
             )
+
+
+def check_trajectory(ys: PyTree, y0: PyTree, length: int, message: str) -> None:
+    """`ys` must be like `y0`, with a leading axis of this length on every leaf."""
+
+    def form(x, *axes):
+        x = jax.typeof(x)  # Python numbers, too.
+        return jax.ShapeDtypeStruct((*axes, *x.shape), x.dtype)
+
+    expected = jtu.tree_map(lambda y: form(y, length), y0)
+    actual = jtu.tree_map(form, ys)
+    if eqx.tree_equal(actual, expected) is not True:
+        raise ValueError(f"{message} Expected\n{expected}\nbut got\n{actual}")

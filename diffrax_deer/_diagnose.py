@@ -19,6 +19,7 @@ from diffrax import (
     RESULTS,
     SaveAt,
 )
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ._checks import check_instance
@@ -58,7 +59,8 @@ class Report:
         counting from its beginning: those before the first residual above the
         tolerance.
     - `lyapunov`: an estimate of the largest Lyapunov exponent, the rate (in one unit of
-        time) at which nearby solutions diverge, or if negative converge.
+        time) at which nearby solutions diverge, or if negative converge. NaN if there
+        is nothing to estimate it from.
     - `memory`: the bytes of memory that XLA allocates to solve a window, not including
         the output. `None` if it does not tell.
     - `recommended_substeps`: how many substeps to solve at once, if that should be
@@ -76,8 +78,17 @@ class Report:
     fronts: list[np.ndarray]
     lyapunov: float
     memory: int | None
-    recommended_substeps: int | None
-    advice: list[str]
+    # What was asked for: over how long a time, and who chose the windows.
+    duration: float
+    is_adaptive: bool
+
+    @property
+    def recommended_substeps(self) -> int | None:
+        return _recommended_substeps(self)
+
+    @property
+    def advice(self) -> list[str]:
+        return _advice(self)
 
     def __str__(self) -> str:
         name = lambda x: type(x).__name__
@@ -195,8 +206,7 @@ def diagnose(
     inputs = jtu.tree_leaves((terms, solver, t0, t1, dt0, y0, args))
     if any(isinstance(x, jax.core.Tracer) for x in inputs):
         raise TypeError("`diagnose` cannot be used inside of `jax.jit`.")
-    substeps = solver.substeps
-    max_iters = substeps if solver.max_iters is None else solver.max_iters
+    max_iters = solver.substeps if solver.max_iters is None else solver.max_iters
     observed = _Observed(solver, min(max_iters, _MAX_HISTORY) + 1)
 
     @eqx.filter_jit
@@ -218,26 +228,23 @@ def diagnose(
     num_iterations = infos["num_iterations"].astype(int)
     kept = np.minimum(num_iterations, observed.history - 1) + 1
     okay = infos["okay"] == 1
-    duration = float(np.sum(np.abs(np.diff(ts)), where=okay))
+    solved = float(np.sum(np.abs(np.diff(ts)), where=okay))
     growth = float(np.sum(infos["growth"], where=okay))
-    report = Report(
+    size = sum(np.size(leaf) for leaf in jtu.tree_leaves(y0))
+    return Report(
         solver=solver,
-        size=sum(np.size(leaf) for leaf in jtu.tree_leaves(y0)),
+        size=size,
         result=sol.result,
         ts=ts,
         num_rejected=int(sol.stats["num_rejected_steps"]),
         num_iterations=num_iterations,
         residuals=[x[:k] for x, k in zip(infos["residuals"], kept)],
         fronts=[x[:k].astype(int) for x, k in zip(infos["fronts"], kept)],
-        lyapunov=growth / duration if duration > 0 else math.nan,
+        lyapunov=growth / solved if solved > 0 and size > 0 else math.nan,
         memory=_memory(terms, solver, ts, y0, args),
-        recommended_substeps=None,
-        advice=[],
+        duration=abs(float(t1) - float(t0)),
+        is_adaptive=not isinstance(stepsize_controller, ConstantStepSize),
     )
-    substeps = _recommended_substeps(report, abs(float(t1) - float(t0)))
-    report = dataclasses.replace(report, recommended_substeps=substeps)
-    is_adaptive = not isinstance(stepsize_controller, ConstantStepSize)
-    return dataclasses.replace(report, advice=_advice(report, is_adaptive))
 
 
 class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
@@ -283,7 +290,7 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args):
-        flat_y0 = jnp.concatenate([jnp.ravel(y) for y in jtu.tree_leaves(y0)])
+        flat_y0, _ = ravel_pytree(y0)
         direction = jr.normal(jr.key(0), flat_y0.shape, flat_y0.dtype)
         return self.solver.init(terms, t0, t1, y0, args), direction
 
@@ -378,7 +385,7 @@ def _memory(terms, solver, ts, y0, args) -> int | None:
     return getattr(analysis, "temp_size_in_bytes", None)
 
 
-def _recommended_substeps(report: Report, duration: float) -> int | None:
+def _recommended_substeps(report: Report) -> int | None:
     if len(report.num_iterations) == 0:
         return None
     substeps, most = report.solver.substeps, np.max(report.num_iterations)
@@ -387,13 +394,13 @@ def _recommended_substeps(report: Report, duration: float) -> int | None:
         # What has been solved in time.
         fronts = [fronts[min(_TARGET, len(fronts) - 1)] for fronts in report.fronts]
         return max(int(min(fronts)), 1)
-    elif most <= _FEW and np.max(np.abs(np.diff(report.ts))) < 0.99 * duration:
+    elif most <= _FEW and np.max(np.abs(np.diff(report.ts))) < 0.99 * report.duration:
         return 2 * substeps
     else:
         return None
 
 
-def _advice(report: Report, is_adaptive: bool) -> list[str]:
+def _advice(report: Report) -> list[str]:
     solver, num_substeps = report.solver, report.recommended_substeps
     if len(report.num_iterations) == 0:
         return ["There is not a single window to look at."]
@@ -405,7 +412,7 @@ def _advice(report: Report, is_adaptive: bool) -> list[str]:
         advice.append("The windows are about as long as they should be.")
     else:
         new = f"`substeps={num_substeps}`"
-        if not is_adaptive:
+        if not report.is_adaptive:
             new += f" and `dt0={num_substeps / solver.substeps * length:.3g}`"
         if num_substeps > solver.substeps:
             advice.append(f"Few iterations. Try longer windows: {new}.")

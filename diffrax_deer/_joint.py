@@ -13,7 +13,7 @@ from ._custom_types import RealScalarLike
 from ._implicit import implicit_trajectory, without_gradient
 from ._method import AbstractMethod
 from ._scan import AbstractScan, Matrices
-from ._window import AbstractWindow, is_finite
+from ._window import AbstractWindow, is_finite, up_to_front
 
 
 # What the rounding errors made in one substep amount to, in units of its values'
@@ -97,9 +97,8 @@ class Iteration(eqx.Module):
         )
 
     def step(self, state: State) -> State:
-        window = self.window
-        substeps = state.ys.shape[0]
-        ys = state.ys
+        window, ys = self.window, state.ys
+        substeps = ys.shape[0]
         starts = window.starts(ys)
         stepped_ys = window.ends(starts)
         A = self.method.linearise(window, ys)
@@ -112,11 +111,8 @@ class Iteration(eqx.Module):
         usable = (okay & A_finite).reshape(substeps, *[1] * (A.ndim - 1))
         A = jnp.where(usable, A, 0)
         delta, is_telling = self.method.correct(self.scan, A, r, ys)
-        # The first residual that is not zero has no error to be carried away from. So
-        # this changes nothing, unless the scan makes rounding errors larger than ours.
-        front = jnp.argmax(jnp.any(r != 0, axis=-1)).astype(jnp.int32)
-        behind = jnp.arange(substeps, dtype=jnp.int32) <= front
-        delta = jnp.where(behind[:, None], r, delta)
+        # This changes nothing, unless the scan makes rounding errors larger than ours.
+        delta = jnp.where(up_to_front(r)[:, None], r, delta)
         # This sum is arranged such that, up to the front of those substeps that start
         # from a final value, `delta == r` gives the wrapped solver's step to the last
         # bit. The front moves by at least one substep in every iteration.

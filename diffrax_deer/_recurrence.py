@@ -12,11 +12,18 @@ from jax.flatten_util import ravel_pytree
 from jax.interpreters import partial_eval as pe
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from ._checks import check_instance, check_positive_int, check_state, check_tolerance
+from ._checks import (
+    check_instance,
+    check_positive_int,
+    check_state,
+    check_tolerance,
+    check_trajectory,
+)
 from ._custom_types import RealScalarLike
 from ._joint import Iteration, joint_solve
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
+from ._step import precision
 from ._window import AbstractWindow
 
 
@@ -195,7 +202,7 @@ def deer_scan_solution(
     carry_form, _ = jax.eval_shape(reference)
     init = jtu.tree_map(_as, init, carry_form)
     length = _length(xs, length)
-    guess = _checked_guess(guess, init, length)
+    guess = _guess_or_constant(guess, init, length)
     if length == 0:
         carry, ys = reference()
         zero = jnp.array(0, jnp.int32)
@@ -219,10 +226,7 @@ def deer_scan_solution(
         fn=substep,
         xs=(other_starts, xs),
         y0=y0,
-        precision=max(
-            (float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(floats)),
-            default=0.0,
-        ),
+        precision=precision(floats),
     )
     iteration = Iteration(
         window=window,
@@ -267,21 +271,15 @@ def _ravel_floats(carry):
     return ravel_pytree(eqx.filter(carry, eqx.is_inexact_array))[0]
 
 
-def _checked_guess(guess, init, length):
-    constant = jtu.tree_map(
-        lambda x: jnp.broadcast_to(x, (length, *jnp.shape(x))), init
-    )
+def _guess_or_constant(guess, init, length):
     if guess is None:
-        return constant
-    form = lambda x: (jnp.shape(x), jnp.result_type(x))
-    same_structure = jtu.tree_structure(guess) == jtu.tree_structure(init)
-    if same_structure and jtu.tree_map(form, guess) == jtu.tree_map(form, constant):
-        return guess
-    raise ValueError(
+        return jtu.tree_map(lambda x: jnp.broadcast_to(x, (length, *x.shape)), init)
+    message = (
         "`deer_scan(guess=...)` must be a PyTree like `init`, with an additional "
-        f"leading axis for the {length} elements on every leaf. Expected\n"
-        f"{jax.eval_shape(lambda: constant)}\nbut got\n{jax.eval_shape(lambda: guess)}"
+        f"leading axis for the {length} elements on every leaf."
     )
+    check_trajectory(guess, init, length, message)
+    return guess
 
 
 def _scan_others(f, floats, others, xs, length):

@@ -22,6 +22,7 @@ from ._checks import (
     check_positive_int,
     check_state,
     check_tolerance,
+    check_trajectory,
 )
 from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
 from ._guess import AbstractGuess, AutoGuess
@@ -247,7 +248,13 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
         def cold():
             ys = self.guess(self.solver, terms, ts, y0, args, solver_state)
-            self._check_guess(ys, y0, ts.shape[0] - 1)
+            substeps = ts.shape[0] - 1
+            message = (
+                "`DeerSolver(guess=...)` must return a PyTree like `y0`, with an "
+                f"additional leading axis for the {substeps} substeps of the window on "
+                f"every leaf, but `{type(self.guess).__name__}` does not."
+            )
+            check_trajectory(ys, y0, substeps, message)
             return ys
 
         def guess():
@@ -283,23 +290,10 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         rescale = jnp.where(size > size_at_ends, size_at_ends / size, 1)
         return jnp.maximum(at_end, jnp.max(jnp.abs(errors) * rescale, axis=0))
 
-    def _zero_trajectory(self, y0, substeps=None):
-        substeps = self.substeps if substeps is None else substeps
+    def _zero_trajectory(self, y0):
         return jtu.tree_map(
-            lambda y: jnp.zeros((substeps, *jnp.shape(y)), jnp.result_type(y)), y0
+            lambda y: jnp.zeros((self.substeps, *jnp.shape(y)), jnp.result_type(y)), y0
         )
-
-    def _check_guess(self, ys, y0, substeps):
-        # Not their weak types.
-        form = lambda x: jax.eval_shape(lambda: jtu.tree_map(_strong, x))
-        expected, actual = form(self._zero_trajectory(y0, substeps)), form(ys)
-        if eqx.tree_equal(actual, expected) is not True:
-            raise ValueError(
-                "`DeerSolver(guess=...)` must return a PyTree like `y0`, with an "
-                f"additional leading axis for the {substeps} substeps of the window on "
-                f"every leaf. Expected\n{expected}\nbut `{type(self.guess).__name__}` "
-                f"returned\n{actual}"
-            )
 
     def _check_solver_state(self, solver_state, y0):
         expected = jax.eval_shape(lambda: self._zero_trajectory(y0))
@@ -314,10 +308,6 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             f"shape and dtype. Expected a trajectory of the form\n{expected}\n"
             f"but got the state\n{solver_state}"
         )
-
-
-def _strong(x):
-    return jnp.asarray(x, jnp.result_type(x))
 
 
 DeerSolver.__init__.__doc__ = """**Arguments:**

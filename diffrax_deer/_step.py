@@ -71,8 +71,7 @@ class OneStepMap(eqx.Module):
         self.vector_field = (
             jax.jit(_vector_field(terms, args, self.unravel)) if is_ode(terms) else None
         )
-        leaves = jtu.tree_leaves(y0)
-        self.eps = max((float(jnp.finfo(y.dtype).eps) for y in leaves), default=0.0)
+        self.eps = precision(y0)
 
     def __call__(
         self, t0: Real[Array, ""], t1: Real[Array, ""], y0: Float[Array, " size"]
@@ -94,6 +93,12 @@ class OneStepMap(eqx.Module):
             return self.substep(t0, t1, self.unravel(y0))
 
         return jax.vmap(one)(t0s, t1s, starts)
+
+
+def precision(y: PyTree[Array]) -> float:
+    """That of the least precise leaf of a state, or zero if it has none."""
+    leaves = jtu.tree_leaves(y)
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=0.0)
 
 
 def is_ode(terms: PyTree[AbstractTerm]) -> bool:

@@ -1,5 +1,5 @@
 import abc
-from typing import Any
+from typing import Any, TypeGuard
 
 import equinox as eqx
 import jax
@@ -61,6 +61,13 @@ def is_finite(ys: Float[Array, "substeps size"]) -> Bool[Array, " substeps"]:
     return jnp.all(jnp.abs(ys) < jnp.finfo(ys.dtype).max / 4, axis=-1)
 
 
+def up_to_front(r: Float[Array, "substeps size"]) -> Bool[Array, " substeps"]:
+    """Which substeps begin with a final value, going by the residuals: those with none,
+    and the first one with any. It has no error to be carried away from."""
+    front = jnp.argmax(jnp.any(r != 0, axis=-1)).astype(jnp.int32)
+    return jnp.arange(len(r), dtype=jnp.int32) <= front
+
+
 class Window(AbstractWindow):
     """Steps of the wrapped solver."""
 
@@ -102,7 +109,7 @@ class Window(AbstractWindow):
         return jax.vmap(jacobian)(self.ts[1:], ys)
 
 
-def has_linear_ode(window: AbstractWindow) -> bool:
+def has_linear_ode(window: AbstractWindow) -> TypeGuard[Window]:
     """Whether the substeps are those of an ordinary differential equation, by a solver
     of which it is known what it does to a linear one."""
     return (

@@ -104,6 +104,12 @@ def exact(terms, t0, t1, y0, args=None, *, saveat=SaveAt(t1=True)):
     )
 
 
+def weighted_sum(y):
+    """Depends on every single number, and on each in its own way."""
+    weights = jnp.arange(1, y.size + 1, dtype=y.dtype).reshape(y.shape)
+    return jnp.sum(jnp.sin(weights * y))
+
+
 def max_error(x, y):
     """The largest difference relative to the magnitude of the leaf that it is in."""
 

@@ -24,7 +24,16 @@ from diffrax_deer import (
 )
 from jax.flatten_util import ravel_pytree
 
-from .helpers import diffeqsolve, exact, max_error, problem, root_finder, SaveAt, StepTo
+from .helpers import (
+    diffeqsolve,
+    exact,
+    max_error,
+    problem,
+    root_finder,
+    SaveAt,
+    StepTo,
+    weighted_sum,
+)
 
 
 direct = diffrax.DirectAdjoint()
@@ -116,13 +125,8 @@ def _loss(inputs, solver, controller, adjoint):
     counts = counts & jnp.isfinite(sol.ts[0])
     saved = jax.vmap(lambda x: ravel_pytree(x)[0])((sol.ts, sol.ys))
     saved = jnp.where(counts[:, None], saved, 0)
-    loss = sum(map(_sum, (saved, *dense)))
+    loss = sum(map(weighted_sum, (saved, *dense)))
     return loss, out
-
-
-def _sum(y):
-    weights = jnp.arange(1, y.size + 1, dtype=y.dtype).reshape(y.shape)
-    return jnp.sum(jnp.sin(weights * y))
 
 
 _value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(_loss, has_aux=True))
@@ -442,7 +446,7 @@ def _flat_loss(x, solver, controller, adjoint):
         adjoint=adjoint,
         max_steps=16,
     )
-    return _sum(sol.ys)
+    return weighted_sum(sol.ys)
 
 
 flat_inputs = jnp.array([1.0, -0.5, 0.3, 0.9, 1.25])
@@ -693,7 +697,7 @@ def test_stochastic(solver, reference):
             adjoint=adjoint,
             max_steps=16,
         )
-        return _sum(sol.ys)
+        return weighted_sum(sol.ys)
 
     inputs = (jnp.array([1.0, -0.4]), 0.7)
     actual = value_and_grad(inputs, solver, DeerAdjoint())
@@ -721,7 +725,7 @@ def test_single_precision_and_pytrees():
             adjoint=adjoint,
             max_steps=16,
         )
-        return _sum(sol.ys["a"]) + _sum(sol.ys["b"])
+        return weighted_sum(sol.ys["a"]) + weighted_sum(sol.ys["b"])
 
     y0 = dict(a=jnp.array([0.3, -0.8]), b=jnp.array(0.7))
     inputs = (y0, 0.6, 0.1, 1.0, 0.13, jnp.array([0.2, 0.71]))

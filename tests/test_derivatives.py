@@ -21,6 +21,7 @@ from .helpers import (
     SaveAt,
     sequential,
     split_problem,
+    weighted_sum,
 )
 
 
@@ -53,8 +54,7 @@ def _loss(inputs, solver, controller, adjoint, saveat=SaveAt(ts=save_ts), window
         adjoint=adjoint,
         max_steps=16,
     )
-    weights = jnp.arange(1.0, sol.ys.size + 1).reshape(sol.ys.shape)
-    return jnp.sum(jnp.sin(weights * sol.ys))
+    return weighted_sum(sol.ys)
 
 
 def _sequential_loss(inputs, solver, substeps, saveat=SaveAt(ts=save_ts), windows=4):
@@ -77,8 +77,7 @@ def _sequential_loss(inputs, solver, substeps, saveat=SaveAt(ts=save_ts), window
         saveat=saveat,
         adjoint=diffrax.DirectAdjoint(),
     )
-    weights = jnp.arange(1.0, sol.ys.size + 1).reshape(sol.ys.shape)
-    return jnp.sum(jnp.sin(weights * sol.ys))
+    return weighted_sum(sol.ys)
 
 
 _grad = eqx.filter_jit(eqx.filter_grad(_loss))

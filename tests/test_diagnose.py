@@ -130,6 +130,14 @@ def test_nothing_to_solve():
     assert "not a single window" in str(report)
 
 
+def test_empty_state():
+    report = diagnose(ODETerm(lambda t, y, args: y), DeerSolver(), 0, 1, 1, None)
+    assert report.result == RESULTS.successful
+    assert report.size == 0
+    assert np.isnan(report.lyapunov)
+    assert "size 0" in str(report)
+
+
 def test_bad_input():
     with pytest.raises(TypeError, match=r"diagnose\(solver=...\)"):
         diagnose(ODETerm(_van_der_pol), cast(Any, tsit5), 0, 1, 1, y0)

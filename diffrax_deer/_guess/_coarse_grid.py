@@ -14,16 +14,12 @@ def coarse_grid(
 ) -> Real[Array, " steps_plus_1"]:
     """Some of the times in `ts`, about evenly spaced, such that there are `steps` steps
     between them."""
-    return ts[_multiples(ts, jnp.arange(steps + 1, dtype=jnp.int32), steps)]
+    return ts[jnp.arange(steps + 1, dtype=jnp.int32) * _used(ts) // steps]
 
 
 def _used(ts):
     # Substeps of length zero, with which a window may be padded, do not count.
     return jnp.maximum(jnp.searchsorted(ts, ts[-1]), 1)
-
-
-def _multiples(ts, index, steps):
-    return index * _used(ts) // steps
 
 
 def interpolate(
@@ -46,17 +42,17 @@ def interpolate(
     return jax.vmap(one)(jnp.arange(1, ts.shape[0], dtype=jnp.int32), ts[1:])
 
 
-def best(
+def unless_constant_is_better(
+    ys: PyTree[Array],
     step: OneStepMap,
     ts: Real[Array, " substeps_plus_1"],
     y0: PyTree[Array],
-    *guesses: PyTree[Array],
 ) -> PyTree[Array]:
-    """Of several guesses, that which satisfies the differential equation best. If it is
-    no ordinary differential equation, the first one."""
+    """Of a guess and the constant one, that which satisfies the differential equation
+    better. If it is no ordinary differential equation, the former."""
     vector_field = step.vector_field
     if vector_field is None:
-        return guesses[0]
+        return ys
     substeps = ts.shape[0] - 1
 
     def defect(ys):
@@ -67,6 +63,7 @@ def best(
         size = jnp.max(jnp.abs(jnp.diff(ys, axis=0) - trapezoid), initial=0)
         return jnp.where(jnp.isfinite(size), size, jnp.inf)
 
-    stacked = jtu.tree_map(lambda *ys: jnp.stack(ys), *guesses)
-    index = jnp.argmin(jax.vmap(defect, axis_size=len(guesses))(stacked))
+    stack = lambda ys, y0: jnp.stack([ys, jnp.broadcast_to(y0, ys.shape)])
+    stacked = jtu.tree_map(stack, ys, y0)
+    index = jnp.argmin(jax.vmap(defect, axis_size=2)(stacked))
     return jtu.tree_map(lambda ys: ys[index], stacked)

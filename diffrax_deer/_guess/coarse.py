@@ -8,9 +8,8 @@ from jaxtyping import Array, PyTree, Real
 from .._checks import check_one_step_solver, check_positive_int
 from .._state import DeerState
 from .._step import OneStepMap
-from ._coarse_grid import best, coarse_grid, interpolate
+from ._coarse_grid import coarse_grid, interpolate, unless_constant_is_better
 from .base import AbstractGuess
-from .constant import ConstantGuess
 
 
 class CoarseGuess(AbstractGuess):
@@ -40,6 +39,7 @@ class CoarseGuess(AbstractGuess):
         args: PyTree[Any],
         previous: DeerState | None,
     ) -> PyTree[Array]:
+        del previous
         substeps = ts.shape[0] - 1
         if self.steps is None:
             # Measured, see `benchmarks/NOTES.md`.
@@ -58,8 +58,7 @@ class CoarseGuess(AbstractGuess):
         coarse = interpolate(
             ts, coarse_ts, coarse_solver.interpolation_cls, dense_infos
         )
-        constant = ConstantGuess()(solver, terms, ts, y0, args, previous)
-        return best(step, ts, y0, coarse, constant)
+        return unless_constant_is_better(coarse, step, ts, y0)
 
 
 CoarseGuess.__init__.__doc__ = """**Arguments:**

@@ -10,10 +10,9 @@ from jaxtyping import Array, PyTree, Real
 from .._checks import check_instance, check_positive_int
 from .._state import DeerState
 from .._step import OneStepMap
-from ._coarse_grid import best
+from ._coarse_grid import unless_constant_is_better
 from .base import AbstractGuess
 from .coarse import CoarseGuess
-from .constant import ConstantGuess
 
 
 class ExtrapolationGuess(AbstractGuess):
@@ -63,8 +62,8 @@ class ExtrapolationGuess(AbstractGuess):
                 return jnp.tensordot(weights.astype(ys.dtype), ys[index], axes=1)
 
             step = OneStepMap(solver, terms, y0, args)
-            constant = ConstantGuess()(solver, terms, ts, y0, args, previous)
-            return best(step, ts, y0, jtu.tree_map(one, previous.ys), constant)
+            ys = jtu.tree_map(one, previous.ys)
+            return unless_constant_is_better(ys, step, ts, y0)
 
         return lax.cond(previous.t1 == ts[0], extrapolate, first)
 

@@ -13,10 +13,9 @@ from .._scan import AbstractScan, AutoScan
 from .._state import DeerState
 from .._step import OneStepMap
 from .._window import Window
-from ._coarse_grid import best, coarse_grid, interpolate
+from ._coarse_grid import coarse_grid, interpolate, unless_constant_is_better
 from .base import AbstractGuess
 from .coarse import CoarseGuess
-from .constant import ConstantGuess
 
 
 # Of the solution on a coarser grid. Its discretisation error is larger.
@@ -87,8 +86,7 @@ class NestedGuess(AbstractGuess):
         nested = interpolate(
             ts, coarse_ts, coarse_solver.interpolation_cls, substeps.dense_info
         )
-        constant = ConstantGuess()(solver, terms, ts, y0, args, previous)
-        return best(step, ts, y0, nested, constant)
+        return unless_constant_is_better(nested, step, ts, y0)
 
 
 NestedGuess.__init__.__doc__ = """**Arguments:**

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._window import AbstractWindow, has_linear_ode, Window
+from .._window import AbstractWindow, has_linear_ode
 
 
 # The Taylor polynomial of degree 4 of `exp(X)` is used up to this norm, where it is
@@ -24,7 +24,6 @@ def full_jacobians(
     of the vector field for each of them."""
     if exact or not has_linear_ode(window):
         return window.jacobian(window.starts(ys))
-    assert isinstance(window, Window)
     step = window.step
     assert step.exponential is not None
     J = window.vector_field_jacobian(ys)
@@ -46,7 +45,6 @@ def diagonal_jacobians(
     """The same for the diagonals of the Jacobians, without ever forming these."""
     if exact or not has_linear_ode(window):
         return _diagonals(window.ends, window.starts(ys), samples, key)
-    assert isinstance(window, Window)
     step = window.step
     assert step.exponential is not None
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from .._checks import check_damping, check_jacobian, check_positive_int
 from .._custom_types import RealScalarLike
 from .._scan import AbstractScan, Matrices
-from .._window import AbstractWindow
+from .._window import AbstractWindow, up_to_front
 from ._linearise import diagonal_jacobians, full_jacobians
 from .base import AbstractMethod
 
@@ -52,9 +52,8 @@ class AbstractDampedMethod(AbstractMethod):
             damping = jnp.asarray(self.damping, r.dtype)
             is_telling = jnp.array(True)
 
-        # The first residual that is not zero has no error to be carried away from.
-        front = jnp.argmax(jnp.any(r != 0, axis=-1)).astype(jnp.int32)
-        behind = (jnp.arange(len(r), dtype=jnp.int32) <= front)[:, None]
+        # Where there is nothing to correct, the filter has nothing to be unsure about.
+        behind = up_to_front(r)[:, None]
         if A.ndim == r.ndim:
             A = jnp.where(behind, 0, A)
         else:
