@@ -23,6 +23,9 @@ _ROUNDING = 16
 _MIN_RATE = 1e-3
 # The fraction of the tolerance that the estimated distance to the solution must reach.
 _SAFETY = 0.1
+# Where a change may be due to rounding errors that are larger than the tolerance, in
+# units of the tolerance.
+_NEARBY = 1e3
 
 
 class JointSolution(eqx.Module):
@@ -144,11 +147,9 @@ class Iteration(eqx.Module):
             carried = jnp.sum(weights * jnp.abs(starts)[:, None, :], axis=-1)
         size = jnp.abs(ys) + carried
         rounding_error = _ROUNDING * window.eps * size
-        stagnates = (
-            jnp.all(jnp.abs(r) <= rounding_error)
-            & (rate >= 0.5)
-            & (state.num_iterations > 0)
-        )
+        standstill = (rate >= 0.5) & (state.num_iterations > 0)
+        noise = window.noise(starts, r, standstill & (change < _NEARBY))
+        stagnates = standstill & jnp.all(jnp.abs(r) <= rounding_error + noise)
         # It may even make it worse, as a large `A` amplifies rounding errors.
         new_ys = jnp.where(stagnates, ys, new_ys)
         num_iterations = state.num_iterations + 1

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optimistix as optx
 from diffrax import RESULTS
 from jax.flatten_util import ravel_pytree
 from jax.interpreters import partial_eval as pe
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from ._checks import (
     check_instance,
@@ -28,6 +29,11 @@ from ._window import AbstractWindow
 
 
 _Carry = TypeVar("_Carry")
+
+# How many neighbours the rounding errors of an element are judged by, and how many
+# times those of the neighbours they may be.
+_NEIGHBOURS = 64
+_OUTLIER = 8
 
 
 class ScanSolution(eqx.Module):
@@ -69,6 +75,31 @@ class _Recurrence(AbstractWindow):
 
     def substep(self, x: PyTree[Array], y: Float[Array, " size"]) -> Array:
         return self.fn(x, y)
+
+    def noise(
+        self,
+        starts: Float[Array, "substeps size"],
+        r: Float[Array, "substeps size"],
+        wanted: Bool[Array, ""],
+    ) -> Float[Array, "substeps size"]:
+        # Seen from as near as the residuals are large, a function is a straight line,
+        # unless these residuals are nothing but its rounding errors. These are random,
+        # and may happen to be zero. So compare with what is typical of the neighbours.
+        def measure(starts, r):
+            distance = _among_neighbours(jnp.max, jnp.abs(r))
+            middle = self.ends(starts)
+            left, right = lax.map(
+                self.ends, jnp.stack([starts - distance, starts + distance])
+            )
+            bend = (left - middle) + (right - middle)
+            rms = lambda x, axis: jnp.sqrt(jnp.mean(x**2, axis=axis))
+            return _OUTLIER * _among_neighbours(rms, bend)
+
+        # In a batch, of all or of none.
+        measured = lax.cond(
+            eqxi.unvmap_any(wanted), measure, lambda _, r: jnp.zeros_like(r), starts, r
+        )
+        return jnp.where(wanted & jnp.isfinite(measured), measured, 0)
 
 
 def deer_scan(
@@ -121,13 +152,6 @@ def deer_scan(
         for the carries after each element (in the order of `xs`). Defaults to `init`
         throughout. It is not differentiated.
     - `rtol`, `atol`, `max_iters`: as for [`diffrax_deer.DeerSolver`][].
-
-    !!! warning
-
-        In single precision the default tolerance may be more than rounding errors
-        permit: if `f` adds terms that are much larger than the change of the carry, as
-        a GRU with a very long memory does. Then there are almost as many iterations as
-        elements. Pass `rtol=1e-4, atol=1e-5`, say.
 
     **Returns:**
 
@@ -251,6 +275,17 @@ def deer_scan_solution(
     if reverse:
         ys, carries = _flip(ys), _flip(carries)
     return ScanSolution(carry, ys, carries, solution.num_iterations, solution.result)
+
+
+def _among_neighbours(reduce, x):
+    """Reduces over blocks of neighbours, of which the last one is not shorter."""
+    length = len(x)
+    size = min(_NEIGHBOURS, length)
+    # The last block overlaps with the one before.
+    first = jnp.minimum(size * jnp.arange(-(-length // size)), length - size)
+    index = first[:, None] + jnp.arange(size)
+    blocks = reduce(x[index], axis=1)
+    return jnp.repeat(blocks, size, axis=0)[:length]
 
 
 def _as(x, form):

@@ -302,16 +302,7 @@ Scan = Callable[
 ]
 
 
-def tolerances(dtype) -> tuple[float | None, float | None]:
-    if dtype == jnp.float64:
-        return None, None
-    # In single precision, rounding errors over thousands of samples are too large for
-    # the default.
-    return 1e-4, 1e-5
-
-
 def parallel_scan(classifier, x, guess):
-    rtol, atol = tolerances(x.dtype)
     # `deer_scan` is the same, but returns neither all states nor the number of
     # iterations.
     solution = deer_scan_solution(
@@ -319,8 +310,6 @@ def parallel_scan(classifier, x, guess):
         classifier.initial_state,
         x,
         guess=guess.astype(x.dtype),
-        rtol=rtol,
-        atol=atol,
     )
     failed = solution.result != RESULTS.successful
     hidden = solution.result.error_if(solution.carry, failed)
@@ -351,8 +340,7 @@ def probabilities(
         hidden = classifier.cell(x, hidden)
         return hidden, jax.nn.softmax(classifier.readout(hidden))
 
-    rtol, atol = tolerances(x.dtype)
-    _, out = deer_scan(f, classifier.initial_state, x, rtol=rtol, atol=atol)
+    _, out = deer_scan(f, classifier.initial_state, x)
     return out
 
 

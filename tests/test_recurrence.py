@@ -214,6 +214,68 @@ def test_guess():
     assert max_error(warm.carries, expected) < 1e-9
 
 
+@pytest.mark.parametrize("method", (DEER(), QuasiDEER(), QuasiELK()))
+def test_long_memory(method):
+    # Every element adds something that it finds as a difference of much larger values.
+    # The rounding errors of these are all that is left after a few iterations.
+    def f(h, x):
+        h = x + 0.999 * (h - x)
+        return h, h
+
+    xs = jr.normal(jr.key(0), (3000,), jnp.float32)
+    init = jnp.zeros((), jnp.float32)
+    solution = deer_scan_solution(f, init, xs, method=method)
+    expected = lax.scan(f, init.astype(jnp.float64), xs.astype(jnp.float64))[1]
+    assert solution.result == RESULTS.successful
+    assert solution.num_iterations < 30
+    assert max_error(solution.ys, expected) < 1e-4
+
+
+_activations = (
+    jnp.tanh,
+    jnp.sin,
+    lambda x: jnp.tanh(8 * x),
+    lambda x: jnp.clip(x, -2, 2),
+    lambda x: jnp.minimum(jnp.abs(x), 2) - 0.5,
+)
+
+
+@ft.partial(jax.jit, static_argnames=("activation", "method"))
+def _leaky(activation, method, params, xs):
+    weight, memory = params
+
+    def f(h, x):
+        new = activation(weight @ h + x)
+        h = new + memory * (h - new)
+        return h, h
+
+    init = jnp.zeros(len(weight), xs.dtype)
+    solution = deer_scan_solution(f, init, xs, method=method)
+    return solution.ys, solution.result, lax.scan(f, init, xs)[1]
+
+
+@pytest.mark.parametrize("method", (DEER(), QuasiDEER()))
+@pytest.mark.parametrize("activation", _activations)
+def test_random_recurrences(activation, method):
+    # What rounding errors look like is only ever guessed at. Nothing that is far from
+    # the solution may be mistaken for them, be it steep, or with kinks.
+    for seed in range(20):
+        keys = jr.split(jr.key(seed), 4)
+        gain = 2 ** jr.uniform(keys[0], minval=-2, maxval=1.3)
+        amplitude = 10 ** jr.uniform(keys[1], minval=-3, maxval=1)
+        params = gain * jr.normal(keys[2], (2, 2)), jnp.array(1 - 0.1 ** (seed % 4))
+        inputs = params, amplitude * jr.normal(keys[3], (100, 2))
+        single, double = (
+            jtu.tree_map(lambda x: x.astype(jnp.float32).astype(dtype), inputs)
+            for dtype in (jnp.float32, jnp.float64)
+        )
+        ys, result, sequential = _leaky(activation, method, *single)
+        *_, expected = _leaky(activation, method, *double)
+        assert result == RESULTS.successful
+        noise = max_error(sequential, expected)
+        assert max_error(ys, expected) < 1e-4 + 20 * noise
+
+
 def _logistic(y, x):
     return 4 * y * (1 - y), None
 
