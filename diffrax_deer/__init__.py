@@ -27,6 +27,7 @@ from ._scan import (
     AbstractScan as AbstractScan,
     AssociativeScan as AssociativeScan,
     AutoScan as AutoScan,
+    KernelScan as KernelScan,
     SequentialScan as SequentialScan,
 )
 from ._solver import DeerSolver as DeerSolver

@@ -1,5 +1,7 @@
 """The parts of the joint solve by themselves."""
 
+import functools as ft
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,9 @@ from diffrax_deer import (
     AssociativeScan,
     AutoScan,
     DEER,
+    DeerAdjoint,
+    DeerSolver,
+    KernelScan,
     SequentialScan,
 )
 from diffrax_deer._interpolation import uniform_grid
@@ -20,24 +25,88 @@ from diffrax_deer._window import Window
 from .helpers import explicit_solvers, max_error, problem, solver_id
 
 
-@pytest.mark.parametrize("scan", (AssociativeScan(), AutoScan(), SequentialScan()))
-@pytest.mark.parametrize("length", (1, 2, 7))
-@pytest.mark.parametrize("reverse", (False, True))
-def test_scan(scan, length, reverse):
+def _random_recurrence(length, size, reverse, is_diagonal=False):
     rng = np.random.default_rng(0)
-    A = rng.normal(size=(length, 3, 3))
-    b = rng.normal(size=(length, 3))
-    x = np.zeros(3)
-    expected = np.zeros((length, 3))
+    A = rng.normal(size=(length, size, size)) / size**0.5
+    if is_diagonal:
+        A *= np.eye(size)
+    b = rng.normal(size=(length, size))
+    x = np.zeros(size)
+    expected = np.zeros((length, size))
     for n in reversed(range(length)) if reverse else range(length):
         x = A[n] @ x + b[n]
         expected[n] = x
-    assert (
-        max_error(scan(jnp.array(A), jnp.array(b), reverse=reverse), expected) < 1e-13
-    )
+    if is_diagonal:
+        A = np.diagonal(A, axis1=1, axis2=2)
+    return jnp.array(A), jnp.array(b), expected
 
 
-@pytest.mark.parametrize("scan", (AssociativeScan(), SequentialScan()))
+scans = (
+    AssociativeScan(),
+    AutoScan(),
+    KernelScan(interpret=True),
+    SequentialScan(),
+)
+
+
+@pytest.mark.parametrize("scan", scans, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("length", (1, 2, 7))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_scan(scan, length, reverse):
+    A, b, expected = _random_recurrence(length, 3, reverse)
+    assert max_error(scan(A, b, reverse=reverse), expected) < 1e-13
+
+
+@pytest.mark.parametrize("is_diagonal", (False, True))
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("length, size", ((64, 1), (65, 16), (70, 17), (3000, 2)))
+def test_kernel_scan(length, size, reverse, is_diagonal):
+    # Of none, one and two levels of chunks, the last of which are not full.
+    A, b, expected = _random_recurrence(length, size, reverse, is_diagonal)
+    scan = KernelScan(interpret=True)
+    assert max_error(scan(A, b, reverse=reverse), expected) < 1e-12
+    batch = jax.vmap(lambda b: scan(A, b, reverse=reverse))(jnp.stack([b, -2 * b]))
+    assert max_error(batch, jnp.stack([expected, -2 * expected])) < 1e-12
+
+
+@pytest.mark.parametrize("is_diagonal", (False, True))
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize(
+    "size, dtype", ((1, jnp.float32), (3, jnp.float64), (16, jnp.float32))
+)
+def test_kernel_scan_compiles_for_gpus(dtype, size, reverse, is_diagonal):
+    # As far as that is possible without one: down to Triton.
+    A = jnp.zeros((5000, size) if is_diagonal else (5000, size, size), dtype)
+    fn = lambda A, b: KernelScan()(A, b, reverse=reverse)
+    for fn, A in ((fn, A), (jax.vmap(fn), A[None])):
+        b = jnp.zeros((*A.shape[: A.ndim - (not is_diagonal)],), dtype)
+        hlo = jax.jit(fn).trace(A, b).lower(lowering_platforms=("cuda",)).as_text()
+        # 5000 terms are 157 chunks, and these are 5.
+        assert hlo.count("xla.gpu.triton") == 5
+
+
+def test_kernel_scan_solves_windows():
+    term = ODETerm(lambda t, y, args: jnp.stack([y[1], -args * jnp.sin(y[0])]))
+
+    @ft.partial(jax.jit, static_argnames="scan")
+    def value_and_grad(args, scan):
+        def loss(args):
+            y0 = jnp.array([1.0, 0.0])
+            solver = DeerSolver(diffrax.Tsit5(), 100, scan=scan)
+            sol = diffrax.diffeqsolve(
+                *(term, solver, 0, 5, 5, y0, args),
+                max_steps=1,
+                adjoint=DeerAdjoint(),
+            )
+            return jnp.sum(jnp.asarray(sol.ys))
+
+        return jax.value_and_grad(loss)(args)
+
+    actual = value_and_grad(2.0, KernelScan(interpret=True))
+    assert max_error(actual, value_and_grad(2.0, SequentialScan())) < 1e-9
+
+
+@pytest.mark.parametrize("scan", scans, ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
 def test_scan_keeps_zeros_despite_overflow(scan, dtype):
     # The products of these matrices overflow. Up to the front there is nothing they

@@ -1,4 +1,5 @@
 from .associative import AssociativeScan as AssociativeScan
 from .auto import AutoScan as AutoScan
 from .base import AbstractScan as AbstractScan, Matrices as Matrices
+from .kernel import KernelScan as KernelScan
 from .sequential import SequentialScan as SequentialScan

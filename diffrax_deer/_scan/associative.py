@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from .base import AbstractScan, Matrices
 
 
-def _clip(A, size):
+def clip(A, size):
     # In a recurrence which is exactly zero up to some term (as the correction to a
     # trajectory is, up to the front of substeps already exact), a product of matrices
     # that overflowed would turn these zeros into `0 * inf = nan`. With entries below
@@ -31,9 +31,9 @@ def _compose(first, second):
     A1, b1 = first
     A2, b2 = second
     if A1.ndim == b1.ndim:
-        return _clip(A2 * A1, 1), A2 * b1 + b2
+        return clip(A2 * A1, 1), A2 * b1 + b2
     else:
-        return _clip(_matmul(A2, A1), A1.shape[-1]), _matvec(A2, b1) + b2
+        return clip(_matmul(A2, A1), A1.shape[-1]), _matvec(A2, b1) + b2
 
 
 def _compose_filters(first, second):
