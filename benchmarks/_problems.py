@@ -4,7 +4,6 @@ the sequential solver or by `DeerSolver`."""
 from collections.abc import Callable
 from typing import Any, cast, NamedTuple
 
-import _two_body
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,8 @@ from diffeqzoo import backend, ivps
 from diffrax_deer import DeerAdjoint, DeerSolver
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from . import _two_body
 
 
 cast(Any, backend).select("jax")

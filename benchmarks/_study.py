@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import matplotlib
-from _problems import error, parallel, Problem, reference, sequential, Solve, Solved
-from _timing import environment, measure
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from tqdm import tqdm
+
+from ._problems import error, parallel, Problem, reference, sequential, Solve, Solved
+from ._timing import environment, measure
 
 
 _STYLE: dict[Any, Any] = {
@@ -93,12 +94,12 @@ def outcome(solved: Solved, true: jax.Array) -> Row:
     )
 
 
-def show(rows: Sequence[Row]) -> None:
-    """Prints them as tables, one for each suite."""
-    print(", ".join(f"{name} {version}" for name, version in environment().items()))
+def show(rows: Sequence[Row], hide: Sequence[str] = ()) -> None:
+    """Prints them as tables, one for each suite, without the columns in `hide`."""
     for suite in dict.fromkeys(row["suite"] for row in rows):
         members = [row for row in rows if row["suite"] == suite]
-        keys = list(dict.fromkeys(k for row in members for k in row if k != "suite"))
+        keys = dict.fromkeys(key for row in members for key in row)
+        keys = [key for key in keys if key not in ("suite", *hide)]
         lines = [keys] + [[_cell(row.get(key)) for key in keys] for row in members]
         widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
         print(f"\n{suite}")
@@ -111,6 +112,8 @@ def _cell(value):
         return "-"
     elif isinstance(value, float):
         return f"{value:.3g}"
+    elif isinstance(value, list):
+        return "-".join(map(_cell, value))
     else:
         return str(value)
 

@@ -3,7 +3,8 @@
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 
 _Name = TypeVar("_Name")
+# A slow function is called this often.
+_MIN_REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,41 +37,72 @@ class Timing:
 
 
 def measure(
-    functions: dict[_Name, Callable], *args, repeats: int, compile_repeats: int = 3
+    functions: dict[_Name, Callable],
+    *args,
+    repeats: int,
+    compile_repeats: int = 3,
+    cold: bool | None = None,
+    more_args: Mapping[_Name, tuple] = MappingProxyType({}),
+    max_seconds: float = float("inf"),
+    on_host: Collection[_Name] = (),
 ) -> dict[_Name, Timing]:
-    """Compiles every function, then calls them in turn: whatever else the machine does
-    meanwhile, it does to all of them.
+    """Compiles every function (but those `on_host`), then calls them in turn: whatever
+    else the machine does meanwhile, it does to all of them. Those that have taken more
+    than `max_seconds` take part no longer.
 
     The first compilation of a process also pays for JAX's own start, so that functions
     are compiled several times, in turn, without caches, of which the median is taken.
-    (If only once, then this time is of no interest, and JAX may keep its caches.)
+    (If only once, then this time is of no interest, and JAX may keep its caches, unless
+    `cold`.)
+
+    A function may occur with several `more_args`, and is compiled for these only once.
     """
+    arguments = {name: (*args, *more_args.get(name, ())) for name in functions}
     progress = tqdm(total=len(functions) * (compile_repeats + repeats), unit="run")
-    compiled = {}
+    compiled: dict[_Name, Any] = {}
+    temp_bytes: dict[_Name, int] = {}
     compile_seconds = {name: [] for name in functions}
     for _ in range(compile_repeats):
+        executables = {}
         for name, fn in functions.items():
-            if compile_repeats > 1:
+            progress.update()
+            if name in on_host:
+                compiled[name], temp_bytes[name] = fn, 0
+                continue
+            if compile_repeats > 1 if cold is None else cold:
                 jax.clear_caches()
             start = time.perf_counter()
-            compiled[name] = jax.jit(fn).lower(*args).compile()
+            if fn not in executables:
+                executables[fn] = jax.jit(fn).lower(*arguments[name]).compile()
             compile_seconds[name].append(time.perf_counter() - start)
-            progress.update()
-    outputs = {name: jax.block_until_ready(fn(*args)) for name, fn in compiled.items()}
-    seconds = {name: [] for name in functions}
+            compiled[name] = executables[fn]
+            temp_bytes[name] = compiled[name].memory_analysis().temp_size_in_bytes
+
+    def call(name):
+        start = time.perf_counter()
+        output = jax.block_until_ready(compiled[name](*arguments[name]))
+        return output, time.perf_counter() - start
+
+    first_calls = {name: call(name) for name in functions}
+    # Those that take so long that a first call makes no difference are called once.
+    seconds = {
+        name: [seconds] if seconds > max_seconds else []
+        for name, (_, seconds) in first_calls.items()
+    }
     for _ in range(repeats):
-        for name, fn in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(fn(*args))
-            seconds[name].append(time.perf_counter() - start)
+        for name in functions:
             progress.update()
+            past = seconds[name]
+            enough = 1 if max(past, default=0) > max_seconds else _MIN_REPEATS
+            if len(past) < enough or sum(past) <= max_seconds:
+                past.append(call(name)[1])
     progress.close()
     return {
         name: Timing(
-            float(np.median(compile_seconds[name])),
+            float(np.median(compile_seconds[name] or 0)),
             np.array(seconds[name]),
-            outputs[name],
-            compiled[name].memory_analysis().temp_size_in_bytes,
+            first_calls[name][0],
+            temp_bytes[name],
         )
         for name in functions
     }

@@ -12,9 +12,10 @@ from pathlib import Path
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
-from _timing import environment, measure
-from _two_body import exact, initial_value, T, term
 from diffrax_deer import DeerAdjoint, DeerSolver
+
+from ._timing import environment, measure
+from ._two_body import exact, initial_value, T, term
 
 
 jax.config.update("jax_enable_x64", True)

@@ -9,14 +9,14 @@ memory: that which XLA allocates, beside inputs and outputs.
 import functools as ft
 from collections.abc import Sequence
 
-import _problems as zoo
-import _study as study
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from _timing import measure
 from diffrax_deer import DeerAdjoint
 from matplotlib.axes import Axes
+
+from . import _problems as zoo, _study as study
+from ._timing import measure
 
 
 jax.config.update("jax_enable_x64", True)

@@ -11,13 +11,13 @@ import functools as ft
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import _problems as zoo
-import _study as study
 import jax
-from _timing import measure
 from diffrax_deer import DeerAdjoint
 from matplotlib.axes import Axes
 from tqdm import tqdm
+
+from . import _problems as zoo, _study as study
+from ._timing import measure
 
 
 jax.config.update("jax_enable_x64", True)

@@ -9,13 +9,13 @@ same grid.
 import functools as ft
 from collections.abc import Sequence
 
-import _problems as zoo
-import _study as study
 import diffrax as dfx
 import diffrax_deer as deer
 import jax
 import jax.numpy as jnp
 from matplotlib.axes import Axes
+
+from . import _problems as zoo, _study as study
 
 
 jax.config.update("jax_enable_x64", True)

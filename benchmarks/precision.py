@@ -11,11 +11,8 @@ import functools as ft
 from collections.abc import Sequence
 from typing import Any
 
-import _problems as zoo
-import _study as study
 import jax
 import jax.numpy as jnp
-from _timing import measure
 from diffrax_deer import (
     AbstractScan,
     AutoScan,
@@ -27,6 +24,9 @@ from diffrax_deer import (
 from jaxtyping import Array
 from matplotlib.axes import Axes
 from tqdm import tqdm
+
+from . import _problems as zoo, _study as study
+from ._timing import measure
 
 
 jax.config.update("jax_enable_x64", True)

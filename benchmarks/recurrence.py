@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from _timing import environment, measure
 from diffrax_deer import DEER, deer_scan_solution, QuasiDEER
 from jax import lax
+
+from ._timing import environment, measure
 
 
 INPUTS = 6

@@ -1,0 +1,256 @@
+"""`DeerSolver`, and what users could use instead, at equal accuracy.
+
+Every task is solved by all contenders, at several tolerances or numbers of steps. Of
+each the fastest that is accurate enough is in the table, and what the gradient takes
+is then measured with that one. (In some tasks the steps are given, and all make the
+same.) Measurements of a task are interleaved, in one process, after a first call.
+"""
+
+import argparse
+import functools as ft
+import json
+from pathlib import Path
+from typing import Any
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+from matplotlib.axes import Axes
+
+from . import _scans, _study as study, _tasks as tasks
+from ._contenders import batched, Contender, contenders, peers, Solve
+from ._tasks import Task
+from ._timing import environment, measure
+
+
+jax.config.update("jax_enable_x64", True)
+
+# Of a function that is slow, fewer repetitions have to do.
+_MAX_SECONDS = 2.0
+
+
+def suite(name: str) -> list[Task]:
+    two_bodies, van_der_pol = tasks.two_bodies(), tasks.van_der_pol_oscillator()
+    saves = tasks.two_bodies(saves=10_001)
+    quick = [
+        *(two_bodies, saves, van_der_pol),
+        tasks.forced_oscillator(10_000),
+        tasks.neural_cde(10_000),
+        tasks.latent_ode(128),
+        tasks.hamiltonian(128, steps=128),
+    ]
+    if name == "quick":
+        return quick
+    full = [
+        *(*quick, tasks.lorenz()),
+        *(two_bodies.batched(16), two_bodies.batched(256)),
+        *(van_der_pol.batched(16), van_der_pol.batched(256)),
+        saves.batched(16),
+        two_bodies.cast(jnp.float32, 1e-4),
+        *(tasks.forced_oscillator(10**n) for n in (2, 3, 5)),
+        tasks.latent_ode(1024),
+        tasks.hamiltonian(1024),
+    ]
+    if name == "full":
+        return full
+    single = lambda task: task.cast(jnp.float32, 1e-4)
+    return [
+        *(single(saves), single(saves.batched(16))),
+        single(tasks.hamiltonian(10_000).batched(16)),
+        single(tasks.hamiltonian(10_000, steps=10_000).batched(16)),
+        *(single(tasks.forced_oscillator(10**n)) for n in (4, 5, 6)),
+        single(tasks.neural_cde(10_000)),
+        *(two_bodies, two_bodies.batched(256), van_der_pol),
+    ]
+
+
+def reference(task: Task) -> Solve:
+    """The solution, as far as double precision goes. On given steps, the same ones."""
+
+    def solve(y0, args):
+        if task.steps is None:
+            solver, dt0 = dfx.Dopri8(), None
+            controller = dfx.PIDController(rtol=1e-12, atol=1e-12)
+        else:
+            is_ode = isinstance(task.term, dfx.ODETerm)
+            solver = dfx.Tsit5() if is_ode else dfx.Euler()
+            dt0, controller = task.t1 / task.steps, dfx.ConstantStepSize()
+        sol = dfx.diffeqsolve(
+            *(task.term, solver, 0, task.t1, dt0, y0, args),
+            saveat=task.saveat,
+            stepsize_controller=controller,
+            max_steps=2 * (task.steps or 2**14),
+        )
+        return jnp.asarray(sol.ys)
+
+    return solve
+
+
+def value_and_grad(solve):
+    def loss(inputs, *knob):
+        return jnp.mean(jnp.sin(solve(*inputs, *knob)))
+
+    return lambda y0, args, *knob: jax.value_and_grad(loss)((y0, args), *knob)
+
+
+def distance(actual: Any, expected: Any) -> float:
+    """The largest error, relative to the largest number of each leaf."""
+
+    def one(x, y):
+        scale = jnp.max(jnp.abs(y))
+        return float(jnp.max(jnp.abs(x - y)) / jnp.where(scale == 0, 1, scale))
+
+    return max(jax.tree_util.tree_leaves(jax.tree_util.tree_map(one, actual, expected)))
+
+
+def compare(
+    task: Task, everyone: dict[str, Contender], repeats: int
+) -> list[study.Row]:
+    print(f"\n{task.name}")
+    inputs = (task.y0, task.args)
+    wide = task.cast(jnp.float64, task.error)
+    wide_inputs = (wide.y0, wide.args)
+    true = batched(wide, reference(wide))
+    solves = {
+        (name, knob): solve
+        for name, contender in everyone.items()
+        for knob, solve in contender.solves(task).items()
+    }
+    timed = ft.partial(measure, repeats=repeats, max_seconds=_MAX_SECONDS)
+    timings = timed(
+        {key: fn for key, (fn, _) in solves.items()},
+        *inputs,
+        more_args={key: knob for key, (_, knob) in solves.items()},
+        compile_repeats=1,
+        on_host={key for key in solves if everyone[key[0]].on_host},
+    )
+    expected = jax.jit(true)(*wide_inputs)
+    rows = [
+        _row(task, "value", *key, timing, distance(timing.output, expected))
+        for key, timing in timings.items()
+    ]
+    # Of each the best.
+    chosen = {}
+    for row in rows:
+        best = chosen.get(row["name"])
+        accurate = row["error"] <= task.error
+        if accurate and (best is None or row["median_ms"] < best["median_ms"]):
+            chosen[row["name"]] = row
+    for row in chosen.values():
+        row["chosen"] = True
+    gradients = {
+        (name, row["knob"]): solves[name, row["knob"]]
+        for name, row in chosen.items()
+        if everyone[name].has_gradient
+    }
+    timings = timed(
+        {key: value_and_grad(fn) for key, (fn, _) in gradients.items()},
+        *inputs,
+        more_args={key: knob for key, (_, knob) in gradients.items()},
+        compile_repeats=1,
+        cold=True,
+    )
+    expected = jax.jit(value_and_grad(true))(*wide_inputs)
+    rows += [
+        _row(
+            *(task, "gradient", *key, timing, distance(timing.output, expected)),
+            chosen=True,
+            compile_seconds=timing.compile_seconds,
+        )
+        for key, timing in timings.items()
+    ]
+    # All relative to the first one.
+    first = {row["what"]: row for row in reversed(rows) if row["chosen"]}
+    for row in rows:
+        row["ratio"] = row["median_ms"] / first[row["what"]]["median_ms"]
+        if "compile_seconds" in row:
+            compile_seconds = first[row["what"]]["compile_seconds"]
+            row["compile_ratio"] = row["compile_seconds"] / compile_seconds
+    study.show([row for row in rows if row["chosen"]], hide=("task", "chosen", "dtype"))
+    return rows
+
+
+def _row(task, what, name, knob, timing, error, chosen=False, **kwargs) -> study.Row:
+    return dict(
+        suite=what,
+        task=task.name,
+        what=what,
+        name=name,
+        knob=knob,
+        dtype=str(task.y0.dtype),
+        chosen=chosen,
+        median_ms=1e3 * timing.median,
+        quartiles_ms=[1e3 * x for x in timing.spread],
+        error=error,
+        temp_mib=timing.temp_bytes / 2**20,
+        **kwargs,
+    )
+
+
+def draw(rows: list[study.Row], panels: list[Axes]) -> None:
+    """Error against time, of those tasks in which there is a choice."""
+    for panel, (task, members) in zip(panels, _choices(rows).items()):
+        for name in dict.fromkeys(row["name"] for row in members):
+            data = study.series(members, "error", "median_ms", name=name)
+            style = "o-" if name.startswith("Deer") else "s--"
+            panel.plot(*data, style, label=name, lw=2 if style == "o-" else 1)
+        panel.set(xscale="log", yscale="log", xlabel="error", ylabel="time / ms")
+        panel.set_title(task)
+        panel.invert_xaxis()
+    panels[0].legend(fontsize=6)
+
+
+def _choices(rows: list[study.Row]) -> dict[str, list[study.Row]]:
+    out: dict[str, list[study.Row]] = {}
+    for row in rows:
+        if row.get("what") == "value":
+            out.setdefault(row["task"], []).append(row)
+    return {
+        task: members
+        for task, members in out.items()
+        if len(members) > len({row["name"] for row in members})
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=("quick", "full", "gpu"), default="quick")
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png")
+    parser.add_argument(
+        "--peer-path",
+        type=Path,
+        action="append",
+        default=[],
+        help="a checkout of the original DEER, or of ELK. May be given repeatedly.",
+    )
+    args = parser.parse_args()
+
+    env = environment()
+    print(", ".join(f"{name} {version}" for name, version in env.items()))
+    others, missing = peers(args.peer_path)
+    for name, reason in missing.items():
+        print(f"{name} left out: {reason}")
+    rows = []
+    for task in suite(args.suite):
+        # These know neither batches nor how to use a given grid.
+        asked = {} if task.steps is not None or task.is_batch else others
+        everyone = {**contenders(task, few=args.suite == "quick"), **asked}
+        rows += compare(task, everyone, args.repeats)
+    for size in _scans.sizes(args.suite):
+        rows += _scans.compare(*size, args.repeats, _MAX_SECONDS)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        out = dict(env=env, missing=missing, rows=rows)
+        args.output.write_text(json.dumps(out, indent=2) + "\n")
+    number = len(_choices(rows))
+    study.figure(
+        args.figure, (-(-number // 3), min(number, 3)), lambda p: draw(rows, p)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Who solves it. What users could do instead of using this project is the reason why
+there are so many."""
+
+import dataclasses
+import functools as ft
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.integrate
+from diffrax_deer import DeerAdjoint, DeerSolver
+from diffrax_deer._step import OneStepMap
+from jax.experimental.ode import odeint
+from jaxtyping import Array, Float
+
+from ._tasks import Task
+
+
+# `(y0, args) -> ys`, of one element of the batch. `ys` has the shape `(saves, size)`.
+Solve = Callable[[Array, Any], Float[Array, "saves size"]]
+
+_DEFAULT: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint()
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """`make(task, knob)` solves it. The knob is what decides on how accurately: either
+    a tolerance or a number of steps.
+    """
+
+    make: Callable[[Task, Any], Solve]
+    knobs: tuple[float, ...]
+    # Whether there has to be another program for every knob.
+    is_static: bool = True
+    has_gradient: bool = True
+    # Whether it cannot be compiled by JAX.
+    on_host: bool = False
+
+    def solves(self, task: Task) -> dict[float, tuple[Callable, tuple]]:
+        """For every knob a function, and its arguments beside those of the task."""
+        if self.is_static:
+            functions = {knob: self.make(task, knob) for knob in self.knobs}
+            return {knob: (batched(task, fn), ()) for knob, fn in functions.items()}
+        solve = batched(task, lambda y0, args, knob: self.make(task, knob)(y0, args))
+        return {knob: (solve, (knob,)) for knob in self.knobs}
+
+
+def batched(task: Task, solve: Callable) -> Callable:
+    if not task.is_batch:
+        return solve
+    return lambda y0, *rest: jax.vmap(lambda y0: solve(y0, *rest))(y0)
+
+
+def contenders(task: Task, *, few: bool) -> dict[str, Contender]:
+    """The first one is what the others are compared with."""
+    steps = task.steps
+    if steps is not None:
+        constant = lambda solve: Contender(solve, (steps,))
+        solver = dfx.Euler() if isinstance(task.term, dfx.ControlTerm) else dfx.Tsit5()
+        name = type(solver).__name__
+        return {
+            "DeerSolver, one window": constant(ft.partial(_one_window, solver)),
+            f"{name}, constant steps": constant(
+                ft.partial(_constant, solver, _DEFAULT)
+            ),
+            f"{name}, constant steps, DeerAdjoint": constant(
+                ft.partial(_constant, solver, DeerAdjoint())
+            ),
+        }
+    tolerances = tuple(task.error * 10.0**-i for i in range(-1, 4))
+    # Their errors add up over the interval.
+    lower = tolerances[1:]
+    substeps = (64, 128, 256, 512)
+
+    def adaptive(solver, knobs, adjoint=_DEFAULT):
+        make = ft.partial(_adaptive, solver, adjoint)
+        return Contender(make, knobs, is_static=False)
+
+    tsit5 = dfx.Tsit5()
+    out = {
+        "DeerSolver, one window": Contender(ft.partial(_one_window, tsit5), substeps),
+        "DeerSolver, adaptive windows": adaptive(DeerSolver(), lower, DeerAdjoint()),
+        "Tsit5": adaptive(tsit5, lower),
+        "Tsit5, DeerAdjoint": adaptive(tsit5, lower, DeerAdjoint()),
+        "Tsit5, constant steps": Contender(
+            ft.partial(_constant, tsit5, _DEFAULT), substeps
+        ),
+        "Dopri8": adaptive(dfx.Dopri8(), tolerances),
+        "Kvaerno5": adaptive(dfx.Kvaerno5(), tolerances),
+        "jax odeint": Contender(_odeint, lower),
+        "SciPy DOP853": Contender(_scipy, tolerances, has_gradient=False, on_host=True),
+    }
+    if few:
+        # What takes longest to measure, and tells least: these are not stiff, and the
+        # steps can be chosen.
+        del out["Kvaerno5"], out["Tsit5, constant steps"]
+    if task.is_batch:
+        # One after the other is not how one would use these.
+        del out["SciPy DOP853"]
+    return out
+
+
+def peers(paths: list[Path]) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The research code for DEER and for ELK, and of what is missing the reason."""
+    sys.path += [str(path) for path in paths]
+    found, missing = {}, {}
+    for name, module, make, knobs in (
+        ("DEER (original)", "deer.fsolve_ivp", _original_deer, (16_000, 64_000)),
+        ("ELK (original)", "elk.algs.elk", _original_elk, (4, 6, 8, 12)),
+    ):
+        try:
+            importlib.import_module(module)
+        except Exception as e:
+            missing[name] = f"{type(e).__name__}: {e}"
+        else:
+            found[name] = Contender(make, knobs)
+    return found, missing
+
+
+def _solve(task, solver, dt0, adjoint, controller, max_steps) -> Solve:
+    def solve(y0, args):
+        # In the precision of the state.
+        time = lambda t: jnp.asarray(t, y0.dtype)
+        sol = dfx.diffeqsolve(
+            *(task.term, solver, time(0), time(task.t1)),
+            None if dt0 is None else time(dt0),
+            *(y0, args),
+            saveat=task.saveat,
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=max_steps,
+            throw=False,
+        )
+        okay = sol.result == dfx.RESULTS.successful
+        return jnp.where(okay, jnp.asarray(sol.ys), jnp.nan)
+
+    return solve
+
+
+def _adaptive(solver, adjoint, task, tol):
+    controller = dfx.PIDController(rtol=tol, atol=tol)
+    return _solve(task, solver, None, adjoint, controller, 4096)
+
+
+def _constant(solver, adjoint, task, steps):
+    # Rounding errors may leave another step to be made.
+    controller = dfx.ConstantStepSize()
+    return _solve(task, solver, task.t1 / steps, adjoint, controller, steps + 1)
+
+
+def _one_window(solver, task, substeps):
+    solver = DeerSolver(solver, substeps)
+    controller = dfx.ConstantStepSize()
+    return _solve(task, solver, task.t1, DeerAdjoint(), controller, 1)
+
+
+def _odeint(task, tol):
+    def solve(y0, args):
+        vector_field = lambda y, t, args: task.term.vf(t, y, args)
+        ts = jnp.concatenate([jnp.zeros(1), task.times]).astype(y0.dtype)
+        return odeint(vector_field, y0, ts, args, rtol=tol, atol=tol)[1:]
+
+    return solve
+
+
+def _scipy(task, tol):
+    # As one would who has the vector field in JAX. It is mostly the calls that cost.
+    vector_field = jax.jit(task.term.vf)
+
+    def solve(y0, args):
+        sol = scipy.integrate.solve_ivp(
+            lambda t, y: np.asarray(vector_field(t, y, args)),
+            (0, task.t1),
+            np.asarray(y0),
+            method="DOP853",
+            t_eval=np.asarray(task.times),
+            rtol=tol,
+            atol=tol,
+        )
+        return jnp.asarray(sol.y.T)
+
+    return solve
+
+
+def _original_deer(task, points):
+    solve_ivp = importlib.import_module("deer.fsolve_ivp").solve_ivp
+
+    def solve(y0, args):
+        # It has no interpolation: at other times, the nearest order that it has.
+        ts = jnp.linspace(0, task.t1, points + 1).astype(y0.dtype)
+        vector_field = lambda y, t, args: task.term.vf(t[0], y, args)
+        out = solve_ivp(vector_field, y0, ts[:, None], args, ts).value
+        if task.ts is None:
+            return out[-1:]
+        interpolate = lambda y: jnp.interp(task.ts, ts, y)
+        return jax.vmap(interpolate, in_axes=1, out_axes=1)(out)
+
+    return solve
+
+
+def _original_elk(task, iterations):
+    """A recurrence is what it takes: the steps that this project makes, too. The number
+    of iterations is up to the user."""
+    elk_alg = importlib.import_module("elk.algs.elk").elk_alg
+    substeps = 256
+
+    def solve(y0, args):
+        step_map = OneStepMap(dfx.Tsit5(), task.term, y0, args)
+        dt = jnp.asarray(task.t1 / substeps, y0.dtype)
+        step = lambda y, t0: step_map(t0[0], t0[0] + dt, y)
+        t0s = dt * jnp.arange(substeps, dtype=y0.dtype)[:, None]
+        guess = jnp.broadcast_to(y0, (substeps, y0.size))
+        ys = elk_alg(step, y0, guess, t0s, num_iters=iterations)[-1]
+        if task.ts is None:
+            return ys[-1:]
+        ts = jnp.append(t0s[:, 0], task.t1)
+        interpolate = lambda y: jnp.interp(task.ts, ts, y)
+        return jax.vmap(interpolate, in_axes=1, out_axes=1)(ys)
+
+    return solve
