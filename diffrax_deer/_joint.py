@@ -1,6 +1,7 @@
 from collections.abc import Callable
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class JointSolution(eqx.Module):
     ys: Float[Array, "substeps size"]
     num_iterations: Int[Array, ""]
     result: RESULTS
-    # The linearisation of the last iteration.
+    # The last linearisation that was made.
     A: Matrices
 
 
@@ -44,6 +45,8 @@ class State(eqx.Module):
     ys: Float[Array, "substeps size"]
     A: Matrices
     num_iterations: Int[Array, ""]
+    # In units of the tolerance.
+    residual: Float[Array, ""]
     change: Float[Array, ""]
     finite: Bool[Array, ""]
     converged: Bool[Array, ""]
@@ -86,6 +89,7 @@ class Iteration(eqx.Module):
             ys=guess,
             A=jnp.zeros(A.shape, A.dtype),
             num_iterations=jnp.array(0, jnp.int32),
+            residual=jnp.array(-jnp.inf, guess.dtype),
             # No rate is known yet.
             change=jnp.array(0, guess.dtype),
             finite=jnp.array(True),
@@ -104,15 +108,23 @@ class Iteration(eqx.Module):
         substeps = ys.shape[0]
         starts = window.starts(ys)
         stepped_ys = window.ends(starts)
-        A = self.method.linearise(window, ys)
 
         # Far from the solution, vector fields may overflow or leave their domain. Such
         # substeps are left as they are, and wait for better values to arrive.
         okay = is_finite(stepped_ys)
         r = jnp.where(okay[:, None], stepped_ys - ys, 0)
-        A_finite = jnp.isfinite(A.reshape(substeps, -1)).all(axis=-1)
-        usable = (okay & A_finite).reshape(substeps, *[1] * (A.ndim - 1))
-        A = jnp.where(usable, A, 0)
+        residual = self.norm(r / self.tolerance(jnp.abs(ys)))
+        residual = jnp.asarray(residual, state.residual.dtype)
+        # If the residuals shrink by the same factor once more, they will be below the
+        # tolerance. Then the linearisation need not be any better.
+        suffices = jnp.all(okay) & (residual * residual <= state.residual)
+        outdated = jnp.invert(suffices) & self.goes_on(state)
+        # In a batch, all or none: a `cond` that differs between elements is no saving.
+        A = lax.cond(
+            eqxi.unvmap_any(outdated),
+            lambda: self.linearise(ys, okay),
+            lambda: state.A,
+        )
         delta, is_telling = self.method.correct(self.scan, A, r, ys)
         # This changes nothing, unless the scan makes rounding errors larger than ours.
         delta = jnp.where(up_to_front(r)[:, None], r, delta)
@@ -159,11 +171,20 @@ class Iteration(eqx.Module):
             ys=new_ys,
             A=A,
             num_iterations=num_iterations,
+            residual=residual,
             change=change,
             finite=finite,
             converged=finite & (converged | stagnates | complete),
             stuck=jnp.invert(finite) & jnp.all(delta == 0),
         )
+
+    def linearise(
+        self, ys: Float[Array, "substeps size"], okay: Bool[Array, " substeps"]
+    ) -> Matrices:
+        A = self.method.linearise(self.window, ys)
+        A_finite = jnp.isfinite(A.reshape(len(ys), -1)).all(axis=-1)
+        usable = (okay & A_finite).reshape(-1, *[1] * (A.ndim - 1))
+        return jnp.where(usable, A, 0)
 
     def tolerance(
         self, scale: Float[Array, "substeps size"]
