@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Real
 
 from ._checks import check_one_step_solver, check_positive_int, check_state
 from ._event import call_event, event_time
-from ._implicit import implicit_trajectory, without_gradient
+from ._implicit import implicit_trajectory, is_preconditioner, without_gradient
 from ._interpolation import uniform_grid
 from ._known_steps import advance, are_known, known_times, move_with
 from ._method import AbstractMethod, DEER
@@ -458,11 +458,14 @@ def _trajectory(
     else:
         dense_infos = None
 
-    # Where the solver does not form the Jacobians, neither do we.
     window = Window(step=step, ts=jnp.append(t0s, t1s[-1]), y0=y0)
     linearise = lambda: method.linearise(window, ys)
-    is_diagonal = jax.eval_shape(linearise).ndim == ys.ndim
-    preconditioner = without_gradient(linearise) if is_diagonal else None
+    A = jax.eval_shape(linearise)
+    # Of many chunks, matrices would take too much memory all at once.
+    if is_preconditioner(A, ys) and (A.ndim == ys.ndim or layout.num_chunks == 1):
+        preconditioner = without_gradient(linearise)
+    else:
+        preconditioner = None
 
     def one_step(times, y0):
         t0, t1 = times

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -10,10 +10,14 @@ import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from ._scan import AbstractScan
+from ._scan import AbstractScan, Matrices
 
 
 _T = TypeVar("_T")
+
+# Of states of this size, a few products with Jacobians take less time than all of their
+# columns. (Smaller ones have little to gain, and more to lose where it takes many.)
+_LARGE = 16
 
 
 def _with_tangents(x, t_x):
@@ -31,6 +35,12 @@ def without_gradient(fn: Callable[[], _T]) -> _T:
     return eqx.combine(lax.stop_gradient(dynamic), static)()
 
 
+def is_preconditioner(A: Any, ys: Float[Array, "substeps size"]) -> bool:
+    """Whether derivatives should be found with products with Jacobians only. Where they
+    are too large to be formed by the method, they are too large to be formed here."""
+    return A.ndim == ys.ndim or ys.shape[1] >= _LARGE
+
+
 # This could be `jax.lax.custom_root`, which however traces the derivatives also if they
 # are not needed.
 @eqx.filter_custom_jvp
@@ -42,7 +52,7 @@ def implicit_trajectory(
     y0: Float[Array, " size"],
     *,
     scan: AbstractScan,
-    preconditioner: Float[Array, "substeps size"] | None,
+    preconditioner: Matrices | None,
     chunk_size: int,
     num_chunks: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "substeps size"], PyTree[Float[Array, "substeps ..."]]]:
@@ -55,7 +65,7 @@ def implicit_trajectory(
     `chunk_size` substeps at a time. Only the first `num_chunks` chunks are in use.
 
     Without a `preconditioner`, the Jacobians of the substeps are formed. With one, that
-    is with approximations to their diagonals, only products with them are.
+    is with approximations to them, or to their diagonals, only products with them are.
     """
     del step, xs, y0, scan, preconditioner, chunk_size, num_chunks
     return ys, infos
@@ -157,7 +167,8 @@ def _(primals, tangents, *, scan, preconditioner, chunk_size, num_chunks):
         product = lambda x, ct_infos: vjp((x, ct_infos))[0]
         b = b + shift(product(jnp.zeros_like(b), ct_infos))
         no_infos = jtu.tree_map(jnp.zeros_like, ct_infos)
-        D = shift(at(preconditioner, index))
+        D = at(preconditioner, index)
+        D = shift(D if D.ndim == b.ndim else jnp.swapaxes(D, -1, -2))
         x = _iterative(
             lambda x: shift(product(x, no_infos)),
             lambda r: scan(D, r, reverse=True),

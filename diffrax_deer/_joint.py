@@ -11,7 +11,7 @@ from diffrax import RESULTS
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._custom_types import RealScalarLike
-from ._implicit import implicit_trajectory, without_gradient
+from ._implicit import implicit_trajectory, is_preconditioner, without_gradient
 from ._method import AbstractMethod
 from ._scan import AbstractScan, Matrices
 from ._window import AbstractWindow, is_finite, up_to_front
@@ -229,7 +229,7 @@ def joint_solve(
     ys, _ = implicit_trajectory(
         *(ys, None, step, xs, window.y0),
         scan=iteration.scan,
-        preconditioner=solution.A if solution.A.ndim == ys.ndim else None,
+        preconditioner=solution.A if is_preconditioner(solution.A, ys) else None,
         chunk_size=ys.shape[0],
         num_chunks=1,
     )

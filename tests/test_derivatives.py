@@ -1,5 +1,6 @@
 """Derivatives, against `DirectAdjoint` or finite differences."""
 
+import functools as ft
 from typing import Any, cast
 
 import diffrax
@@ -10,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from diffrax import ODETerm
-from diffrax_deer import AssociativeScan, DEER, DeerSolver
+from diffrax_deer import AssociativeScan, DEER, DeerAdjoint, DeerSolver
 from jax.flatten_util import ravel_pytree
 
 from .helpers import (
@@ -364,3 +365,37 @@ def test_no_derivative_of_the_guess():
         ).solver_state.ys.sum()
     )(y0)
     assert jnp.all(grad == 0)
+
+
+@pytest.mark.parametrize("adjoint", (DeerAdjoint(), diffrax.DirectAdjoint()))
+def test_large_states(adjoint):
+    # Of these no Jacobian is formed, only products with them are.
+    rng = np.random.default_rng(0)
+    weight = jnp.array(rng.normal(size=(20, 20)) / 20**0.5)
+    y0 = jnp.array(rng.normal(size=20))
+    term = ODETerm(lambda t, y, weight: jnp.tanh(weight @ y + jnp.sin(t)))
+
+    def loss(inputs, solver, adjoint, steps):
+        t1, y0, weight = inputs
+        saveat = SaveAt(ts=t1 * jnp.array([0.33, 1]))
+        sol = diffeqsolve(
+            *(term, solver, 0, t1, t1 / steps, y0, weight),
+            saveat=saveat,
+            adjoint=adjoint,
+            max_steps=steps,
+        )
+        return weighted_sum(sol.ys)
+
+    @ft.partial(jax.jit, static_argnames=("solver", "adjoint", "steps"))
+    def value_and_grad(inputs, solver, adjoint, steps):
+        return jax.value_and_grad(loss)(inputs, solver, adjoint, steps)
+
+    inputs = (jnp.array(3.0), y0, weight)
+    deer = DeerSolver(diffrax.Bosh3(), 12)
+    actual = value_and_grad(inputs, deer, adjoint, 1)
+    direct = diffrax.DirectAdjoint()
+    expected = value_and_grad(inputs, diffrax.Bosh3(), direct, 12)
+    assert max_error(actual, expected) < 1e-8
+    forward = lambda y0: loss((inputs[0], y0, weight), deer, adjoint, 1)
+    tangent = jax.jit(lambda y0: jax.jvp(forward, (y0,), (y0,))[1])(y0)
+    assert abs(tangent - expected[1][1] @ y0) < 1e-8 * jnp.linalg.norm(expected[1][1])
