@@ -32,8 +32,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 
 benchmark: $(VENV)/installed
-	$(BIN)/python benchmarks/two_body.py
-	$(BIN)/python benchmarks/adjoint.py
+	$(BIN)/python -m benchmarks --suite quick
 
 clean:
 	rm -rf $(VENV)

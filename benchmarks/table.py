@@ -1,0 +1,121 @@
+"""Writes the results of `python -m benchmarks` into a document, as tables.
+
+Between `<!-- FILE.json -->` and `<!-- end -->`, for every such pair of lines, where
+`FILE.json` is in `benchmarks/results`. `--check` only says if anything would change.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def tables(file: Path) -> str:
+    content = json.loads(file.read_text())
+    env, rows = content["env"], content["rows"]
+    versions = ", ".join(f"{name} {value}" for name, value in env.items())
+    lines = [f"Measured on: {versions}.", ""]
+    for name, reason in content["missing"].items():
+        lines += [f"{name} was left out: `{reason}`.", ""]
+    chosen = [row for row in rows if row.get("chosen")]
+    for task in dict.fromkeys(row["task"] for row in chosen):
+        members = [row for row in chosen if row["task"] == task]
+        lines += [f"### {task[0].upper()}{task[1:]}", ""]
+        lines += _compare(members), ""
+        tried = dict.fromkeys(row["name"] for row in rows if row.get("task") == task)
+        names = {row["name"] for row in members}
+        failed = [name for name in tried if name not in names]
+        if len(failed) > 0:
+            what = "at any of the accuracies that it was asked for"
+            lines += [f"Not accurate enough {what}: {', '.join(failed)}.", ""]
+    scans = [row for row in rows if row["suite"] == "linear recurrence"]
+    if len(scans) > 0:
+        lines += ["### The linear recurrence alone", "", _scans(scans), ""]
+    return "\n".join(lines).strip()
+
+
+def _compare(rows: list[dict[str, Any]]) -> str:
+    header = ["", "time", "", "error", "memory", "gradient", "", "compilation", ""]
+    cells = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        whats = {row["what"]: row for row in rows if row["name"] == name}
+        value, gradient = whats["value"], whats.get("gradient")
+        line = [_name(value), _ms(value), _ratio(value["ratio"]), _error(value)]
+        line.append(f"{value['temp_mib']:.2g} MiB")
+        if gradient is None:
+            line += ["-"] * 4
+        else:
+            line += [_ms(gradient), _ratio(gradient["ratio"])]
+            line += [f"{gradient['compile_seconds']:.1f} s"]
+            line.append(_ratio(gradient["compile_ratio"]))
+        cells.append(line)
+    return _markdown(header, cells)
+
+
+def _scans(rows: list[dict[str, Any]]) -> str:
+    header = ["", "length", "size", "time", "memory's bandwidth", "fraction"]
+    cells = [
+        [
+            row["name"],
+            f"{row['length']:,}",
+            f"{row['size']}{', diagonal' if row['diagonal'] else ''}",
+            _ms(row),
+            f"{row['gb_per_second']:.3g} GB/s",
+            f"{100 * row['bandwidth']:.2g} %",
+        ]
+        for row in rows
+    ]
+    return _markdown(header, cells)
+
+
+def _name(row):
+    knob = row["knob"]
+    return f"{row['name']} ({knob:,})" if knob >= 1 else f"{row['name']} ({knob:.0e})"
+
+
+def _ms(row):
+    low, high = row["quartiles_ms"]
+    return f"{row['median_ms']:.3g} ms ({low:.3g}-{high:.3g})"
+
+
+def _ratio(x):
+    return f"{x:.2g} x" if x < 100 else f"{x:.0f} x"
+
+
+def _error(row):
+    return f"{row['error']:.0e}"
+
+
+def _markdown(header, cells):
+    rule = ["---"] * len(header)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells))
+
+
+def updated(text: str) -> str:
+    pattern = re.compile(r"(<!-- (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+    replace = lambda m: f"{m[1]}\n{tables(RESULTS / m[2])}\n\n{m[3]}"
+    return pattern.sub(replace, text)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("document", type=Path)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    text = args.document.read_text()
+    new = updated(text)
+    if not args.check:
+        args.document.write_text(new)
+    elif new != text:
+        sys.exit(f"{args.document} is not what its JSON files say. Run this again.")
+
+
+if __name__ == "__main__":
+    main()
