@@ -1,7 +1,9 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.lax as lax
+import jax.numpy as jnp
 from diffrax import AbstractSolver, AbstractTerm
 from jaxtyping import Array, PyTree, Real
 
@@ -49,16 +51,16 @@ class CoarseGuess(AbstractGuess):
         coarse_ts = coarse_grid(ts, steps)
         coarse_solver = solver if self.solver is None else self.solver
         step = OneStepMap(coarse_solver, terms, y0, args)
+        y0 = step.ravel(y0)
 
         def body(y, t0__t1):
-            out = step.substep(*t0__t1, y)
-            return out.y1, out.dense_info
+            t0, t1 = t0__t1
+            y = step(t0, t1, y)
+            return y, y
 
-        _, dense_infos = lax.scan(body, y0, (coarse_ts[:-1], coarse_ts[1:]))
-        coarse = interpolate(
-            ts, coarse_ts, coarse_solver.interpolation_cls, dense_infos
-        )
-        return unless_constant_is_better(coarse, step, ts, y0)
+        _, ys = lax.scan(body, y0, (coarse_ts[:-1], coarse_ts[1:]))
+        ys = interpolate(step, ts, coarse_ts, jnp.concatenate([y0[None], ys]))
+        return jax.vmap(step.unravel)(unless_constant_is_better(ys, step, ts, y0))
 
 
 CoarseGuess.__init__.__doc__ = """**Arguments:**

@@ -1,6 +1,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -63,7 +64,9 @@ class ExtrapolationGuess(AbstractGuess):
 
             step = OneStepMap(solver, terms, y0, args)
             ys = jtu.tree_map(one, previous.ys)
-            return unless_constant_is_better(ys, step, ts, y0)
+            ys = jax.vmap(step.ravel, axis_size=substeps)(ys)
+            ys = unless_constant_is_better(ys, step, ts, step.ravel(y0))
+            return jax.vmap(step.unravel)(ys)
 
         return lax.cond(previous.t1 == ts[0], extrapolate, first)
 

@@ -2,6 +2,8 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import optimistix as optx
 from diffrax import AbstractSolver, AbstractTerm
 from jaxtyping import Array, PyTree, Real
@@ -80,13 +82,12 @@ class NestedGuess(AbstractGuess):
             norm=optx.max_norm,
             max_iters=steps if self.max_iters is None else self.max_iters,
         )
+        # If it does not converge, then it is still some guess.
         solution = iteration.run(window.finite(window.ravel_all(ys)))
-        # If it has not converged, then it is still some guess.
-        substeps = window.substeps(window.starts(solution.ys))
-        nested = interpolate(
-            ts, coarse_ts, coarse_solver.interpolation_cls, substeps.dense_info
-        )
-        return unless_constant_is_better(nested, step, ts, y0)
+        coarse_ys = jnp.concatenate([window.y0[None], solution.ys])
+        nested = interpolate(step, ts, coarse_ts, coarse_ys)
+        nested = unless_constant_is_better(nested, step, ts, window.y0)
+        return jax.vmap(step.unravel)(nested)
 
 
 NestedGuess.__init__.__doc__ = """**Arguments:**
