@@ -1,8 +1,12 @@
 import os
 
 
-# Most of the time is spent compiling.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time is spent compiling. Of loops with many operations, which a scan over
+# the steps of a solver is, XLA's newer emitter takes several times as long.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 
 import jax
 import pytest

@@ -6,6 +6,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from diffrax import ODETerm, RESULTS
@@ -39,10 +40,8 @@ def test_single_window():
     solver = DeerSolver(tsit5, 256, guess=ConstantGuess())
     term = ODETerm(_van_der_pol)
     report = diagnose(term, solver, 0, 10, 10, y0)
-    sol = diffeqsolve(term, solver, 0, 10, 10, y0, adjoint=DeerAdjoint(), max_steps=1)
     assert report.result == RESULTS.successful
     assert report.ts.tolist() == [0, 10]
-    assert report.num_iterations.tolist() == [sol.stats["num_iterations"]]
     (residuals,), (fronts,) = report.residuals, report.fronts
     assert len(residuals) == len(fronts) == report.num_iterations[0] + 1
     assert residuals[-1] < 1e-12 < 1e-3 < residuals[0]
@@ -55,7 +54,7 @@ def test_single_window():
         assert word in str(report)
     figure = report.plot()
     assert len(figure.axes) == 2
-    matplotlib.pyplot.close(figure)  # pyright: ignore
+    plt.close(figure)
 
 
 def test_advice_helps():
@@ -71,6 +70,12 @@ def test_advice_helps():
         report = diagnose(ODETerm(_van_der_pol), solver, 0, 10, dt0, y0)
     assert 1 <= report.num_iterations.max() <= 15
     assert solver.substeps >= 8
+    # With more iterations, it would depend on rounding errors how many exactly.
+    sol = diffeqsolve(
+        ODETerm(_van_der_pol), solver, 0, 10, dt0, y0, adjoint=DeerAdjoint()
+    )
+    stats = [sol.stats[k] for k in ("num_iterations", "max_window_iterations")]
+    assert stats == [report.num_iterations.sum(), report.num_iterations.max()]
 
 
 def test_adaptive_and_chaotic():
@@ -105,7 +110,7 @@ def test_failure():
     assert report.num_iterations.tolist() == [7]
     assert 7 <= report.fronts[0][-1] < 256
     assert "substeps=" in str(report)
-    matplotlib.pyplot.close(report.plot())  # pyright: ignore
+    plt.close(report.plot())
 
 
 def test_memory_and_large_states():

@@ -110,9 +110,10 @@ def test_extrapolation():
     assert num_iterations(extrapolation) < 0.8 * constant
     # There is not much to extrapolate from, and nothing to iterate.
     assert num_iterations(extrapolation, substeps=1) <= 2 * 128
-    # Windows that are far too long: as if there were no previous one.
-    assert num_iterations(extrapolation, 2, 64) <= num_iterations(
-        ConstantGuess(), 2, 64
+    # Windows that are far too long: as if there were no previous one. (With even longer
+    # ones, rounding errors decide how many iterations it takes.)
+    assert num_iterations(extrapolation, 4, 32) <= num_iterations(
+        ConstantGuess(), 4, 32
     )
 
 

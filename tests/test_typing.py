@@ -11,6 +11,7 @@ with jaxtyping.install_import_hook("diffrax_deer", "beartype.beartype"):
     import diffrax_deer
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix
@@ -46,7 +47,7 @@ for args in (
     (4, clip, diffrax_deer.DeerAdjoint()),
     (1, constant, diffrax_deer.DeerAdjoint(max_window_points=4)),
 ):
-    print(jax.grad(solve)(y0, *args))
+    print(eqx.filter_jit(jax.grad(solve))(y0, *args))
 """
 
 
