@@ -1,0 +1,28 @@
+"""That the benchmarks run, and that the documents say what they have found."""
+
+from pathlib import Path
+
+import pytest
+from benchmarks.__main__ import compare
+from benchmarks._contenders import contenders
+from benchmarks._tasks import neural_cde
+from benchmarks.table import updated
+
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.parametrize("path", DOCS.glob("*.md"), ids=lambda path: path.name)
+def test_documents(path):
+    # Otherwise run `python -m benchmarks.table docs/...`.
+    text = path.read_text()
+    assert updated(text) == text
+
+
+def test_compare(capsys):
+    task = neural_cde(8)
+    rows = compare(task, contenders(task, few=True), repeats=2)
+    assert {row["what"] for row in rows} == {"value", "gradient"}
+    for row in rows:
+        assert row["chosen"] and row["error"] < 1e-6 and row["median_ms"] > 0
+    assert task.name in capsys.readouterr().out
