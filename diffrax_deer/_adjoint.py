@@ -204,24 +204,23 @@ class DeerAdjoint(AbstractAdjoint):
         )
 
         # First find the solution, without any derivatives...
-        recording = without_gradient(
-            lambda: record(
-                self._loop,
-                windows,
-                stepsize_controller,
-                event,
-                call,
-                layout.max_windows,
-                max_steps,
-                init_state,
-                terms=terms,
-                args=args,
-                t0=t0,
-                t1=t1,
-                dt0=dt0,
-                progress_meter=progress_meter,
-            )
+        find = lambda: record(
+            self._loop,
+            windows,
+            stepsize_controller,
+            event,
+            call,
+            layout.max_windows,
+            max_steps,
+            init_state,
+            terms=terms,
+            args=args,
+            t0=t0,
+            t1=t1,
+            dt0=dt0,
+            progress_meter=progress_meter,
         )
+        recording = without_gradient(find, is_loop=True)
         if throw:
             recording = _error_if_full(recording, layout)
 

@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
+from ._batch import one_by_one_on_cpus
 from ._scan import AbstractScan, Matrices
 
 
@@ -27,12 +28,15 @@ def _with_tangents(x, t_x):
     return *eqx.partition(x, has_tangent), eqx.filter(t_x, has_tangent)
 
 
-def without_gradient(fn: Callable[[], _T]) -> _T:
+def without_gradient(fn: Callable[[], _T], *, is_loop: bool = False) -> _T:
+    """`is_loop` says whether some elements of a batch may take longer than others."""
     # Hoist everything that `fn` closes over, and stop the gradient there. Otherwise JAX
     # would differentiate the operations of the iteration, or complain that it cannot.
     fn = eqx.filter_closure_convert(fn)
     dynamic, static = eqx.partition(fn, eqx.is_array)
-    return eqx.combine(lax.stop_gradient(dynamic), static)()
+    call = lambda dynamic: eqx.combine(dynamic, static)()
+    dynamic = lax.stop_gradient(dynamic)
+    return one_by_one_on_cpus(call, dynamic) if is_loop else call(dynamic)
 
 
 def is_preconditioner(A: Any, ys: Float[Array, "substeps size"]) -> bool:

@@ -212,7 +212,7 @@ def joint_solve(
     If the result is not successful, then `ys` is `window.y0` throughout.
     """
     window = iteration.window
-    solution = without_gradient(lambda: iteration.run(guess()))
+    solution = without_gradient(lambda: iteration.run(guess()), is_loop=True)
     okay = solution.result == RESULTS.successful
     # A window that failed is masked out by the step size controller, at the end. That
     # is not enough, as the zero cotangents that it gets would still be multiplied with

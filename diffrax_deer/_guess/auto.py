@@ -1,5 +1,6 @@
 from typing import Any
 
+import jax
 import jax.lax as lax
 from diffrax import AbstractSolver, AbstractTerm
 from jaxtyping import Array, PyTree, Real
@@ -44,7 +45,8 @@ class AutoGuess(AbstractGuess):
             guess = NestedGuess(levels, _FACTOR)
             return guess(solver, terms, ts, y0, args, previous)
 
-        if levels == 0:
+        # If there are only CPUs, then do not spend time on tracing the other one.
+        if levels == 0 or jax.default_backend() == "cpu":
             return coarse(ts, y0, args)
         else:
             return lax.platform_dependent(ts, y0, args, cpu=coarse, default=nested)
