@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from . import _two_body
 
 
-cast(Any, backend).select("jax")
+if not cast(Any, backend).has_been_selected:
+    cast(Any, backend).select("jax")
 
 
 class Problem(NamedTuple):

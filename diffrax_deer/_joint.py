@@ -107,7 +107,9 @@ class Iteration(eqx.Module):
         window, ys = self.window, state.ys
         substeps = ys.shape[0]
         starts = window.starts(ys)
-        stepped_ys = window.ends(starts)
+        # XLA must not evaluate this twice, and round differently where it is fused with
+        # something else: residuals that are zero would not be.
+        stepped_ys = lax.optimization_barrier(window.ends(starts))
 
         # Far from the solution, vector fields may overflow or leave their domain. Such
         # substeps are left as they are, and wait for better values to arrive.
@@ -159,13 +161,13 @@ class Iteration(eqx.Module):
             carried = jnp.sum(weights * jnp.abs(starts)[:, None, :], axis=-1)
         size = jnp.abs(ys) + carried
         rounding_error = _ROUNDING * window.eps * size
-        standstill = (rate >= 0.5) & (state.num_iterations > 0)
+        finite = jnp.all(okay)
+        standstill = finite & (rate >= 0.5) & (state.num_iterations > 0)
         noise = window.noise(starts, r, standstill & (change < _NEARBY))
         stagnates = standstill & jnp.all(jnp.abs(r) <= rounding_error + noise)
         # It may even make it worse, as a large `A` amplifies rounding errors.
         new_ys = jnp.where(stagnates, ys, new_ys)
         num_iterations = state.num_iterations + 1
-        finite = jnp.all(okay)
         complete = num_iterations == substeps
         return State(
             ys=new_ys,

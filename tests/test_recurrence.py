@@ -276,6 +276,17 @@ def test_random_recurrences(activation, method):
         assert max_error(ys, expected) < 1e-4 + 20 * noise
 
 
+@pytest.mark.parametrize("method", (DEER(), Jacobi()))
+def test_rounding_errors_are_not_the_end_of_what_is_not_finite(method):
+    # Until a rounding error has been removed, there are elements that have no value.
+    limits = jnp.full(40, jnp.inf).at[jnp.array([10, 20, 30])].set(1.0)
+    f = lambda y, limit: (jnp.where(y > limit, jnp.nan, y),) * 2
+    guess = jnp.full(40, jnp.nextafter(1.0, 2.0))
+    solution = deer_scan_solution(f, 1.0, limits, guess=guess, method=method)
+    assert solution.result == RESULTS.successful
+    assert max_error(solution.ys, jnp.ones(40)) < 1e-15
+
+
 def _logistic(y, x):
     return 4 * y * (1 - y), None
 

@@ -14,7 +14,8 @@ from diffrax_deer import DeerSolver
 from .helpers import diffeqsolve, exact, max_error, SaveAt, sequential
 
 
-cast(Any, backend).select("jax")
+if not cast(Any, backend).has_been_selected:
+    cast(Any, backend).select("jax")
 
 # With the final time, and by how much an error grows until then.
 problems = {
