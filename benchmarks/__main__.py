@@ -9,6 +9,7 @@ same.) Measurements of a task are interleaved, in one process, after a first cal
 import argparse
 import functools as ft
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,16 @@ def value_and_grad(solve):
     return lambda y0, args, *knob: jax.value_and_grad(loss)((y0, args), *knob)
 
 
-def distance(actual: Any, expected: Any) -> float:
-    """The largest error, relative to the largest number of each leaf."""
+def distance(actual: Any, expected: Any) -> float | None:
+    """The largest error, relative to the largest number of each leaf. `None` if there
+    is no number."""
 
     def one(x, y):
         scale = jnp.max(jnp.abs(y))
         return float(jnp.max(jnp.abs(x - y)) / jnp.where(scale == 0, 1, scale))
 
-    return max(jax.tree_util.tree_leaves(jax.tree_util.tree_map(one, actual, expected)))
+    errors = jax.tree_util.tree_leaves(jax.tree_util.tree_map(one, actual, expected))
+    return max(errors) if all(map(math.isfinite, errors)) else None
 
 
 def compare(
@@ -133,7 +136,7 @@ def compare(
     chosen = {}
     for row in rows:
         best = chosen.get(row["name"])
-        accurate = row["error"] <= task.error
+        accurate = row["error"] is not None and row["error"] <= task.error
         if accurate and (best is None or row["median_ms"] < best["median_ms"]):
             chosen[row["name"]] = row
     for row in chosen.values():

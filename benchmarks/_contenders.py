@@ -161,10 +161,14 @@ def _one_window(solver, task, substeps):
 
 
 def _odeint(task, tol):
+    # It begins at the first of the times that it is asked for.
+    has_t0 = bool(task.times[0] == 0)
+
     def solve(y0, args):
         vector_field = lambda y, t, args: task.term.vf(t, y, args)
-        ts = jnp.concatenate([jnp.zeros(1), task.times]).astype(y0.dtype)
-        return odeint(vector_field, y0, ts, args, rtol=tol, atol=tol)[1:]
+        ts = task.times if has_t0 else jnp.append(0, task.times)
+        ys = odeint(vector_field, y0, ts.astype(y0.dtype), args, rtol=tol, atol=tol)
+        return ys if has_t0 else ys[1:]
 
     return solve
 

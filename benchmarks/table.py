@@ -40,7 +40,8 @@ def tables(file: Path) -> str:
 
 
 def _compare(rows: list[dict[str, Any]]) -> str:
-    header = ["", "time", "", "error", "memory", "gradient", "", "compilation", ""]
+    header = ["", "time", "", "error", "memory"]
+    header += ["gradient", "", "error", "compilation", ""]
     cells = []
     for name in dict.fromkeys(row["name"] for row in rows):
         whats = {row["what"]: row for row in rows if row["name"] == name}
@@ -48,9 +49,9 @@ def _compare(rows: list[dict[str, Any]]) -> str:
         line = [_name(value), _ms(value), _ratio(value["ratio"]), _error(value)]
         line.append(f"{value['temp_mib']:.2g} MiB")
         if gradient is None:
-            line += ["-"] * 4
+            line += ["-"] * 5
         else:
-            line += [_ms(gradient), _ratio(gradient["ratio"])]
+            line += [_ms(gradient), _ratio(gradient["ratio"]), _error(gradient)]
             line += [f"{gradient['compile_seconds']:.1f} s"]
             line.append(_ratio(gradient["compile_ratio"]))
         cells.append(line)
@@ -88,7 +89,7 @@ def _ratio(x):
 
 
 def _error(row):
-    return f"{row['error']:.0e}"
+    return "not finite" if row["error"] is None else f"{row['error']:.0e}"
 
 
 def _markdown(header, cells):

@@ -280,7 +280,11 @@ def test_random_recurrences(activation, method):
 def test_rounding_errors_are_not_the_end_of_what_is_not_finite(method):
     # Until a rounding error has been removed, there are elements that have no value.
     limits = jnp.full(40, jnp.inf).at[jnp.array([10, 20, 30])].set(1.0)
-    f = lambda y, limit: (jnp.where(y > limit, jnp.nan, y),) * 2
+
+    def f(y, limit):
+        y = jnp.where(y > limit, jnp.nan, y)
+        return y, y
+
     guess = jnp.full(40, jnp.nextafter(1.0, 2.0))
     solution = deer_scan_solution(f, 1.0, limits, guess=guess, method=method)
     assert solution.result == RESULTS.successful
