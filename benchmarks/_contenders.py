@@ -25,6 +25,8 @@ from ._tasks import Task
 # `(y0, args) -> ys`, of one element of the batch. `ys` has the shape `(saves, size)`.
 Solve = Callable[[Array, Any], Float[Array, "saves size"]]
 
+# More steps than this take minutes on a GPU, one after the other.
+_MAX_SEQUENTIAL = 100_000
 _DEFAULT: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint()
 
 
@@ -64,8 +66,11 @@ def contenders(task: Task, *, few: bool) -> dict[str, Contender]:
         constant = lambda solve: Contender(solve, (steps,))
         solver = dfx.Euler() if isinstance(task.term, dfx.ControlTerm) else dfx.Tsit5()
         name = type(solver).__name__
+        deer = {"DeerSolver, one window": constant(ft.partial(_one_window, solver))}
+        if steps > _MAX_SEQUENTIAL:
+            return deer
         return {
-            "DeerSolver, one window": constant(ft.partial(_one_window, solver)),
+            **deer,
             f"{name}, constant steps": constant(
                 ft.partial(_constant, solver, _DEFAULT)
             ),
