@@ -71,6 +71,25 @@ def test_one_window(guess):
     assert sol.stats["num_iterations"] <= 6
 
 
+@pytest.mark.parametrize("backends", ("cpu", "gpu"))
+def test_by_platform(backends, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backends)
+    ts, y0 = jnp.linspace(0, 10, 601), jnp.array([2.0, 0.0])
+    term = ODETerm(_van_der_pol)
+
+    def num_operations(guess, platform):
+        fn = lambda y0: guess(tsit5, term, ts, y0, 2.0, None)
+        hlo = jax.jit(fn).trace(y0).lower(lowering_platforms=(platform,)).as_text()
+        return hlo.count("stablehlo.multiply"), hlo.count("stablehlo.while")
+
+    auto = {name: num_operations(AutoGuess(), name) for name in ("cpu", "cuda")}
+    assert auto["cpu"] == num_operations(CoarseGuess(), "cpu")
+    if backends == "gpu":
+        # 600, 150, 37.
+        assert auto["cuda"] == num_operations(NestedGuess(levels=2), "cuda")
+        assert auto["cuda"] != auto["cpu"]
+
+
 @pytest.mark.parametrize("direction", (1, -1))
 def test_solution(direction):
     earlier = _solve(CoarseGuess(), direction=direction)

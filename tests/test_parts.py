@@ -1,6 +1,7 @@
 """The parts of the joint solve by themselves."""
 
 import functools as ft
+from typing import Any
 
 import diffrax
 import jax
@@ -17,6 +18,7 @@ from diffrax_deer import (
     KernelScan,
     SequentialScan,
 )
+from diffrax_deer._batch import one_by_one_on_cpus
 from diffrax_deer._interpolation import uniform_grid
 from diffrax_deer._method._linearise import matrix_exponential, matrix_polynomial
 from diffrax_deer._step import is_ode, OneStepMap
@@ -128,6 +130,38 @@ def test_scan_by_platform():
     assert "while" in hlo("cpu")
     assert "while" not in hlo("cuda")
     assert "while" not in hlo("tpu")
+
+
+def test_batches_by_platform():
+    # Halves `x` until it is below `limit`, and says how often.
+    def fn(x__limit):
+        x, limit = x__limit
+        cond = lambda carry: carry[0] > limit
+        body = lambda carry: (carry[0] / 2, carry[1] + 1)
+        x, number = jax.lax.while_loop(cond, body, (x, 0))
+        return dict(x=x, number=number, name="fn")
+
+    def solve(x, limit):
+        out: Any = one_by_one_on_cpus(fn, (x, limit))
+        assert out.pop("name") == "fn"
+        return out
+
+    x, limit = jnp.array([1.0, 8.0, 100.0]), jnp.array([1.0, 3.0])
+    both = jax.vmap(jax.vmap(solve, in_axes=(0, None)), in_axes=(None, 0))
+    out = jax.jit(both)(x, limit)
+    assert out["number"].tolist() == [[0, 3, 7], [0, 2, 6]]
+    assert out["x"].tolist() == [[1, 1, 100 / 2**7], [1, 2, 100 / 2**6]]
+    eager = jax.vmap(solve, in_axes=(0, None))(x, 1.0)
+    assert eager["number"].tolist() == [0, 3, 7]
+
+    def num_loops(platform):
+        traced = jax.jit(jax.vmap(solve, in_axes=(0, None))).trace(x, 1.0)
+        hlo = traced.lower(lowering_platforms=(platform,)).as_text()
+        return hlo.count("stablehlo.while")
+
+    # Over the elements, and for each of them; and one for all.
+    assert num_loops("cpu") == 2
+    assert num_loops("cuda") == num_loops("tpu") == 1
 
 
 @pytest.mark.parametrize("scale", (0.0, 1e-3, 1.0, 30.0))

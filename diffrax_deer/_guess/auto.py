@@ -22,7 +22,8 @@ class AutoGuess(AbstractGuess):
     On CPUs this is [`diffrax_deer.CoarseGuess`][]. On everything else it is
     [`diffrax_deer.NestedGuess`][], with as many grids, each coarser than the last by a
     factor of 4, as lead from the number of substeps to at most 128; and
-    [`diffrax_deer.CoarseGuess`][] on the coarsest of them.
+    [`diffrax_deer.CoarseGuess`][] on the coarsest of them. (To export a computation for
+    another platform, from where JAX has nothing but CPUs, pass the latter explicitly.)
     """
 
     def __call__(
