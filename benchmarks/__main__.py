@@ -246,8 +246,9 @@ def main():
         print(f"{name} left out: {reason}")
     rows = []
     for task in suite(args.suite):
-        # These know neither batches nor how to use a given grid.
-        asked = {} if task.steps is not None or task.is_batch else others
+        # These know neither batches, nor given steps, nor how to interpolate.
+        is_simple = task.steps is None and task.ts is None and not task.is_batch
+        asked = others if is_simple else {}
         everyone = {**contenders(task, few=args.suite == "quick"), **asked}
         rows += compare(task, everyone, args.repeats)
     for size in _scans.sizes(args.suite):

@@ -32,16 +32,22 @@ def without_gradient(fn: Callable[[], _T], *, is_loop: bool = False) -> _T:
     """`is_loop` says whether some elements of a batch may take longer than others."""
     # Hoist everything that `fn` closes over, and stop the gradient there. Otherwise JAX
     # would differentiate the operations of the iteration, or complain that it cannot.
-    fn = eqx.filter_closure_convert(fn)
-    dynamic, static = eqx.partition(fn, eqx.is_array)
+    converted: Any = eqx.filter_closure_convert(fn)
+    dynamic, static = eqx.partition(converted, eqx.is_array)
     call = lambda dynamic: eqx.combine(dynamic, static)()
     dynamic = lax.stop_gradient(dynamic)
-    return one_by_one_on_cpus(call, dynamic) if is_loop else call(dynamic)
+    # Elements that know of each other, by a collective operation over a named axis, can
+    # only be made together.
+    if is_loop and len(converted.jaxpr.effects) == 0:
+        return one_by_one_on_cpus(call, dynamic)
+    else:
+        return call(dynamic)
 
 
 def is_preconditioner(A: Any, ys: Float[Array, "substeps size"]) -> bool:
-    """Whether derivatives should be found with products with Jacobians only. Where they
-    are too large to be formed by the method, they are too large to be formed here."""
+    """Whether derivatives should be found from products with Jacobians only, given this
+    approximation to them. Either they are too large to be formed at all, or so large
+    that a few products take less than all columns."""
     return A.ndim == ys.ndim or ys.shape[1] >= _LARGE
 
 

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -24,9 +25,8 @@ _ROUNDING = 16
 _MIN_RATE = 1e-3
 # The fraction of the tolerance that the estimated distance to the solution must reach.
 _SAFETY = 0.1
-# Where a change may be due to rounding errors that are larger than the tolerance, in
-# units of the tolerance.
-_NEARBY = 1e3
+# Residuals that shrink by less than this do not speak for the linearisation.
+_SHRINKS = 0.1
 
 
 class JointSolution(eqx.Module):
@@ -115,11 +115,16 @@ class Iteration(eqx.Module):
         # substeps are left as they are, and wait for better values to arrive.
         okay = is_finite(stepped_ys)
         r = jnp.where(okay[:, None], stepped_ys - ys, 0)
-        residual = self.norm(r / self.tolerance(jnp.abs(ys)))
+        residual = self.norm(r / self.tolerance(jnp.abs(ys) + jnp.abs(r)))
         residual = jnp.asarray(residual, state.residual.dtype)
         # If the residuals shrink by the same factor once more, they will be below the
         # tolerance. Then the linearisation need not be any better.
-        suffices = jnp.all(okay) & (residual * residual <= state.residual)
+        suffices = (
+            jnp.all(okay)
+            & jnp.isfinite(state.residual)
+            & (residual <= _SHRINKS * state.residual)
+            & (residual * residual <= state.residual)
+        )
         outdated = jnp.invert(suffices) & self.goes_on(state)
         # In a batch, all or none: a `cond` that differs between elements is no saving.
         A = lax.cond(
@@ -163,7 +168,10 @@ class Iteration(eqx.Module):
         rounding_error = _ROUNDING * window.eps * size
         finite = jnp.all(okay)
         standstill = finite & (rate >= 0.5) & (state.num_iterations > 0)
-        noise = window.noise(starts, r, standstill & (change < _NEARBY))
+        # No matter what the tolerance is, larger changes are not due to rounding.
+        most = lambda x: jnp.max(jnp.abs(x), axis=0, initial=0)
+        nearby = jnp.all(most(delta) <= math.sqrt(window.eps) * most(scale))
+        noise = window.noise(starts, r, standstill & nearby)
         stagnates = standstill & jnp.all(jnp.abs(r) <= rounding_error + noise)
         # It may even make it worse, as a large `A` amplifies rounding errors.
         new_ys = jnp.where(stagnates, ys, new_ys)
@@ -225,13 +233,17 @@ def joint_solve(
         y1 = jnp.where(okay, window.substep(x, y0), lax.stop_gradient(y0))
         return y1, None
 
+    if is_preconditioner(solution.A, ys):
+        preconditioner = jnp.where(okay, solution.A, 0)
+    else:
+        preconditioner = None
     xs = window.inputs
     x0 = jtu.tree_map(lambda x: x[0], xs)
     step = eqx.filter_closure_convert(step, x0, window.y0)
     ys, _ = implicit_trajectory(
         *(ys, None, step, xs, window.y0),
         scan=iteration.scan,
-        preconditioner=solution.A if is_preconditioner(solution.A, ys) else None,
+        preconditioner=preconditioner,
         chunk_size=ys.shape[0],
         num_chunks=1,
     )

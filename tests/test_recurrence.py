@@ -291,6 +291,37 @@ def test_rounding_errors_are_not_the_end_of_what_is_not_finite(method):
     assert max_error(solution.ys, jnp.ones(40)) < 1e-15
 
 
+@pytest.mark.parametrize("tol", (1e-2, 1e-6))
+def test_loose_tolerances(tol):
+    # Of so small steps, even those from the guess hardly miss the next value.
+    def f(y, _):
+        y = y + 1e-3 * jnp.stack([y[1], 5 * (1 - y[0] ** 2) * y[1] - y[0]])
+        return y, y
+
+    init = jnp.array([2.0, 0.0])
+    solution = deer_scan_solution(f, init, None, 4000, rtol=tol, atol=tol)
+    assert solution.num_iterations < 10
+    assert max_error(solution.ys, lax.scan(f, init, None, 4000)[1]) < tol
+
+
+def test_curvature_is_not_noise():
+    solution = deer_scan_solution(
+        _logistic, 0.3, None, 200, method=Jacobi(), rtol=1e-3, atol=1e-3
+    )
+    starts = jnp.append(0.3, solution.carries[:-1])
+    assert max_error(solution.carries, _logistic(starts, None)[0]) < 0.03
+
+
+def test_named_axis():
+    # The elements of such a batch depend on each other.
+    def solve(scan, xs):
+        f = lambda y, x: (0.5 * lax.pmean(y, "i") + 0.1 * jnp.sin(y) + x, None)
+        return jax.vmap(lambda x: scan(f, 0.0, x)[0], axis_name="i")(xs)
+
+    xs = jr.normal(jr.key(0), (3, 50))
+    assert max_error(solve(deer_scan, xs), solve(lax.scan, xs)) < 1e-9
+
+
 def _logistic(y, x):
     return 4 * y * (1 - y), None
 

@@ -31,8 +31,8 @@ class KernelScan(AbstractScan):
     each, at once, and each of them one term after the other, in registers. These maps
     are a recurrence that is shorter by the length of a chunk, and that is evaluated in
     the same way. Then all chunks are evaluated, from the values that they start with.
-    So all matrices are read twice, and nothing of their size is ever written, whereas
-    [`diffrax_deer.AssociativeScan`][] reads and writes them in each of its rounds.
+    So all matrices are read twice, and about one in 30 is written, whereas
+    [`diffrax_deer.AssociativeScan`][] reads and writes many of them in its rounds.
 
     Matrices of more than 16 rows (unless diagonal) are left to
     [`diffrax_deer.AssociativeScan`][], and so is damping ([`diffrax_deer.ELK`][]).
