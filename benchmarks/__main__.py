@@ -227,6 +227,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", choices=("quick", "full", "gpu"), default="quick")
+    parser.add_argument("--only", default="", help="what the names of tasks contain")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     parser.add_argument("--figure", type=Path, metavar="FILE.png")
@@ -245,22 +246,29 @@ def main():
     for name, reason in missing.items():
         print(f"{name} left out: {reason}")
     rows = []
+
+    def add(new_rows):
+        # Whatever stops this must not cost what has been measured already.
+        rows.extend(new_rows)
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            out = dict(env=env, missing=missing, rows=rows)
+            args.output.write_text(json.dumps(out, indent=2) + "\n")
+
     for task in suite(args.suite):
+        if args.only not in task.name:
+            continue
         # These know neither batches, nor given steps, nor how to interpolate.
         is_simple = task.steps is None and task.ts is None and not task.is_batch
         asked = others if is_simple else {}
         everyone = {**contenders(task, few=args.suite == "quick"), **asked}
-        rows += compare(task, everyone, args.repeats)
-    for size in _scans.sizes(args.suite):
-        rows += _scans.compare(*size, args.repeats, _MAX_SECONDS)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        out = dict(env=env, missing=missing, rows=rows)
-        args.output.write_text(json.dumps(out, indent=2) + "\n")
+        add(compare(task, everyone, args.repeats))
+    for size in _scans.sizes(args.suite) if args.only == "" else []:
+        add(_scans.compare(*size, args.repeats, _MAX_SECONDS))
     number = len(_choices(rows))
-    study.figure(
-        args.figure, (-(-number // 3), min(number, 3)), lambda p: draw(rows, p)
-    )
+    if number > 0:
+        shape = (-(-number // 3), min(number, 3))
+        study.figure(args.figure, shape, lambda panels: draw(rows, panels))
 
 
 if __name__ == "__main__":
