@@ -81,7 +81,7 @@ def test_kernel_scan_compiles_for_gpus(dtype, size, reverse, is_diagonal):
     A = jnp.zeros((5000, size) if is_diagonal else (5000, size, size), dtype)
     fn = lambda A, b: KernelScan()(A, b, reverse=reverse)
     for fn, A in ((fn, A), (jax.vmap(fn), A[None])):
-        b = jnp.zeros((*A.shape[: A.ndim - (not is_diagonal)],), dtype)
+        b = jnp.zeros(A.shape if is_diagonal else A.shape[:-1], dtype)
         hlo = jax.jit(fn).trace(A, b).lower(lowering_platforms=("cuda",)).as_text()
         # 5000 terms are 157 chunks, and these are 5.
         assert hlo.count("xla.gpu.triton") == 5

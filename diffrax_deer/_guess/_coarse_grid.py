@@ -1,6 +1,6 @@
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float, PyTree, Real
 
 from .._step import OneStepMap
 
@@ -18,13 +18,20 @@ def _used(ts):
     return jnp.maximum(jnp.searchsorted(ts, ts[-1]), 1)
 
 
-def interpolate(
+def from_coarse_grid(
     step: OneStepMap,
     ts: Real[Array, " substeps_plus_1"],
+    y0: Float[Array, " size"],
     coarse_ts: Real[Array, " steps_plus_1"],
-    coarse_ys: Float[Array, "steps_plus_1 size"],
-) -> Float[Array, "substeps size"]:
-    """The values at `ts[1:]`, given those at `coarse_grid(ts, steps)`."""
+    coarse_ys: Float[Array, "steps size"],
+) -> PyTree[Array]:
+    """The guess that follows from the values at `coarse_grid(ts, steps)[1:]`."""
+    coarse_ys = jnp.concatenate([y0[None], coarse_ys])
+    ys = _interpolate(step, ts, coarse_ts, coarse_ys)
+    return unless_constant_is_better(ys, step, ts, y0)
+
+
+def _interpolate(step, ts, coarse_ts, coarse_ys):
     steps = coarse_ts.shape[0] - 1
     # The large step that the `n`-th substep is a part of.
     n = jnp.arange(1, ts.shape[0], dtype=jnp.int32)
@@ -49,12 +56,12 @@ def unless_constant_is_better(
     step: OneStepMap,
     ts: Real[Array, " substeps_plus_1"],
     y0: Float[Array, " size"],
-) -> Float[Array, "substeps size"]:
+) -> PyTree[Array]:
     """Of a guess and the constant one, that which satisfies the differential equation
     better. If it is no ordinary differential equation, the former."""
     vector_field = step.vector_field
     if vector_field is None:
-        return ys
+        return jax.vmap(step.unravel)(ys)
 
     def defect(ys):
         ys = jnp.concatenate([y0[None], ys])
@@ -64,4 +71,4 @@ def unless_constant_is_better(
         return jnp.where(jnp.isfinite(size), size, jnp.inf)
 
     both = jnp.stack([ys, jnp.broadcast_to(y0, ys.shape)])
-    return both[jnp.argmin(jax.vmap(defect)(both))]
+    return jax.vmap(step.unravel)(both[jnp.argmin(jax.vmap(defect)(both))])

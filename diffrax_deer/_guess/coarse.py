@@ -1,16 +1,14 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.lax as lax
-import jax.numpy as jnp
 from diffrax import AbstractSolver, AbstractTerm
 from jaxtyping import Array, PyTree, Real
 
 from .._checks import check_one_step_solver, check_positive_int
 from .._state import DeerState
 from .._step import OneStepMap
-from ._coarse_grid import coarse_grid, interpolate, unless_constant_is_better
+from ._coarse_grid import coarse_grid, from_coarse_grid
 from .base import AbstractGuess
 
 
@@ -59,8 +57,7 @@ class CoarseGuess(AbstractGuess):
             return y, y
 
         _, ys = lax.scan(body, y0, (coarse_ts[:-1], coarse_ts[1:]))
-        ys = interpolate(step, ts, coarse_ts, jnp.concatenate([y0[None], ys]))
-        return jax.vmap(step.unravel)(unless_constant_is_better(ys, step, ts, y0))
+        return from_coarse_grid(step, ts, y0, coarse_ts, ys)
 
 
 CoarseGuess.__init__.__doc__ = """**Arguments:**

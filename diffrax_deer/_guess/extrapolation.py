@@ -65,8 +65,7 @@ class ExtrapolationGuess(AbstractGuess):
             step = OneStepMap(solver, terms, y0, args)
             ys = jtu.tree_map(one, previous.ys)
             ys = jax.vmap(step.ravel, axis_size=substeps)(ys)
-            ys = unless_constant_is_better(ys, step, ts, step.ravel(y0))
-            return jax.vmap(step.unravel)(ys)
+            return unless_constant_is_better(ys, step, ts, step.ravel(y0))
 
         return lax.cond(previous.t1 == ts[0], extrapolate, first)
 

@@ -2,8 +2,6 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import optimistix as optx
 from diffrax import AbstractSolver, AbstractTerm
 from jaxtyping import Array, PyTree, Real
@@ -15,7 +13,7 @@ from .._scan import AbstractScan, AutoScan
 from .._state import DeerState
 from .._step import OneStepMap
 from .._window import Window
-from ._coarse_grid import coarse_grid, interpolate, unless_constant_is_better
+from ._coarse_grid import coarse_grid, from_coarse_grid
 from .base import AbstractGuess
 from .coarse import CoarseGuess
 
@@ -84,10 +82,7 @@ class NestedGuess(AbstractGuess):
         )
         # If it does not converge, then it is still some guess.
         solution = iteration.run(window.finite(window.ravel_all(ys)))
-        coarse_ys = jnp.concatenate([window.y0[None], solution.ys])
-        nested = interpolate(step, ts, coarse_ts, coarse_ys)
-        nested = unless_constant_is_better(nested, step, ts, window.y0)
-        return jax.vmap(step.unravel)(nested)
+        return from_coarse_grid(step, ts, window.y0, coarse_ts, solution.ys)
 
 
 NestedGuess.__init__.__doc__ = """**Arguments:**
