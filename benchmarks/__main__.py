@@ -8,21 +8,16 @@ same.) Measurements of a task are interleaved, in one process, after a first cal
 
 import argparse
 import functools as ft
-import json
-import math
 from pathlib import Path
-from typing import Any
 
-import diffrax as dfx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from matplotlib.axes import Axes
 
 from . import _scans, _study as study, _tasks as tasks
-from ._contenders import batched, Contender, contenders, peers, Solve
+from ._contenders import batched, Contender, contenders, peers, reference
 from ._tasks import Task
-from ._timing import environment, measure
+from ._timing import measure, print_environment
 
 
 jax.config.update("jax_enable_x64", True)
@@ -67,47 +62,11 @@ def suite(name: str) -> list[Task]:
     ]
 
 
-def reference(task: Task) -> Solve:
-    """The solution, as far as double precision goes. On given steps, the same ones."""
-
-    def solve(y0, args):
-        if task.steps is None:
-            solver, dt0 = dfx.Dopri8(), None
-            controller = dfx.PIDController(rtol=1e-12, atol=1e-12)
-        else:
-            is_ode = isinstance(task.term, dfx.ODETerm)
-            solver = dfx.Tsit5() if is_ode else dfx.Euler()
-            dt0, controller = task.t1 / task.steps, dfx.ConstantStepSize()
-        sol = dfx.diffeqsolve(
-            *(task.term, solver, 0, task.t1, dt0, y0, args),
-            saveat=task.saveat,
-            stepsize_controller=controller,
-            max_steps=2 * (task.steps or 2**14),
-        )
-        return jnp.asarray(sol.ys)
-
-    return solve
-
-
 def value_and_grad(solve):
     def loss(inputs, *knob):
         return jnp.mean(jnp.sin(solve(*inputs, *knob)))
 
     return lambda y0, args, *knob: jax.value_and_grad(loss)((y0, args), *knob)
-
-
-def distance(actual: Any, expected: Any) -> float | None:
-    """The largest error, relative to the largest number of each leaf. `None` if there
-    is no number."""
-
-    def one(x, y):
-        # They may live on different devices.
-        x, y = np.asarray(x), np.asarray(y)
-        scale = np.max(np.abs(y))
-        return float(np.max(np.abs(x - y)) / (1 if scale == 0 else scale))
-
-    errors = jax.tree_util.tree_leaves(jax.tree_util.tree_map(one, actual, expected))
-    return max(errors) if all(map(math.isfinite, errors)) else None
 
 
 def compare(
@@ -134,7 +93,7 @@ def compare(
     wide_inputs = jax.device_put((wide.y0, wide.args), jax.devices("cpu")[0])
     expected = jax.jit(true)(*wide_inputs)
     rows = [
-        _row(task, "value", *key, timing, distance(timing.output, expected))
+        _row(task, "value", *key, timing, study.distance(timing.output, expected))
         for key, timing in timings.items()
     ]
     # Of each the best.
@@ -161,7 +120,7 @@ def compare(
     expected = jax.jit(value_and_grad(true))(*wide_inputs)
     rows += [
         _row(
-            *(task, "gradient", *key, timing, distance(timing.output, expected)),
+            *(task, "gradient", *key, timing, study.distance(timing.output, expected)),
             chosen=True,
             compile_seconds=timing.compile_seconds,
         )
@@ -189,8 +148,7 @@ def _row(task, what, name, knob, timing, error, chosen=False, **kwargs) -> study
         knob=knob,
         dtype=str(task.y0.dtype),
         chosen=chosen,
-        median_ms=1e3 * timing.median,
-        quartiles_ms=[1e3 * x for x in timing.spread],
+        **timing.columns,
         error=error,
         temp_mib=timing.temp_bytes / 2**20,
         **kwargs,
@@ -240,8 +198,7 @@ def main():
     )
     args = parser.parse_args()
 
-    env = environment()
-    print(", ".join(f"{name} {version}" for name, version in env.items()))
+    print_environment()
     others, missing = peers(args.peer_path)
     for name, reason in missing.items():
         print(f"{name} left out: {reason}")
@@ -250,10 +207,7 @@ def main():
     def add(new_rows):
         # Whatever stops this must not cost what has been measured already.
         rows.extend(new_rows)
-        if args.output is not None:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            out = dict(env=env, missing=missing, rows=rows)
-            args.output.write_text(json.dumps(out, indent=2) + "\n")
+        study.save(args, rows, missing=missing)
 
     for task in suite(args.suite):
         if args.only not in task.name:

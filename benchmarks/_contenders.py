@@ -64,7 +64,7 @@ def contenders(task: Task, *, few: bool) -> dict[str, Contender]:
     steps = task.steps
     if steps is not None:
         constant = lambda solve: Contender(solve, (steps,))
-        solver = dfx.Euler() if isinstance(task.term, dfx.ControlTerm) else dfx.Tsit5()
+        solver = _solver_of_steps(task)
         name = type(solver).__name__
         deer = {"DeerSolver, one window": constant(ft.partial(_one_window, solver))}
         if steps > _MAX_SEQUENTIAL:
@@ -112,7 +112,8 @@ def contenders(task: Task, *, few: bool) -> dict[str, Contender]:
 
 
 def peers(paths: list[Path]) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The research code for DEER and for ELK, and of what is missing the reason."""
+    """The research code for DEER and for ELK, and of what is missing the reason. They
+    only find the final value."""
     sys.path += [str(path) for path in paths]
     found, missing = {}, {}
     for name, module, make, knobs in (
@@ -128,7 +129,22 @@ def peers(paths: list[Path]) -> tuple[dict[str, Contender], dict[str, str]]:
     return found, missing
 
 
-def _solve(task, solver, dt0, adjoint, controller, max_steps) -> Solve:
+def reference(task: Task) -> Solve:
+    """The solution, as far as double precision goes. On given steps, the same ones."""
+    if task.steps is None:
+        controller = dfx.PIDController(rtol=1e-12, atol=1e-12)
+        args = (dfx.Dopri8(), None, _DEFAULT, controller, 2**15)
+    else:
+        dt0, controller = task.t1 / task.steps, dfx.ConstantStepSize()
+        args = (_solver_of_steps(task), dt0, _DEFAULT, controller, 2 * task.steps)
+    return _solve(task, *args, throw=True)
+
+
+def _solver_of_steps(task):
+    return dfx.Euler() if isinstance(task.term, dfx.ControlTerm) else dfx.Tsit5()
+
+
+def _solve(task, solver, dt0, adjoint, controller, max_steps, throw=False) -> Solve:
     def solve(y0, args):
         # In the precision of the state.
         time = lambda t: jnp.asarray(t, y0.dtype)
@@ -140,7 +156,7 @@ def _solve(task, solver, dt0, adjoint, controller, max_steps) -> Solve:
             stepsize_controller=controller,
             adjoint=adjoint,
             max_steps=max_steps,
-            throw=False,
+            throw=throw,
         )
         okay = sol.result == dfx.RESULTS.successful
         return jnp.where(okay, jnp.asarray(sol.ys), jnp.nan)
@@ -201,14 +217,9 @@ def _original_deer(task, points):
     solve_ivp = importlib.import_module("deer.fsolve_ivp").solve_ivp
 
     def solve(y0, args):
-        # It has no interpolation: at other times, the nearest order that it has.
         ts = jnp.linspace(0, task.t1, points + 1).astype(y0.dtype)
         vector_field = lambda y, t, args: task.term.vf(t[0], y, args)
-        out = solve_ivp(vector_field, y0, ts[:, None], args, ts).value
-        if task.ts is None:
-            return out[-1:]
-        interpolate = lambda y: jnp.interp(task.ts, ts, y)
-        return jax.vmap(interpolate, in_axes=1, out_axes=1)(out)
+        return solve_ivp(vector_field, y0, ts[:, None], args, ts).value[-1:]
 
     return solve
 
@@ -226,11 +237,7 @@ def _original_elk(task, iterations):
         step = lambda y, t0: step_map(t0[0], t0[0] + dt, y)
         t0s = dt * jnp.arange(substeps, dtype=y0.dtype)[:, None]
         guess = jnp.broadcast_to(y0, (substeps, y0.size))
-        ys = elk_alg(step, y0, guess, t0s, num_iters=iterations, deer=True)[-1]
-        if task.ts is None:
-            return ys[-1:]
-        ts = jnp.append(t0s[:, 0], task.t1)
-        interpolate = lambda y: jnp.interp(task.ts, ts, y)
-        return jax.vmap(interpolate, in_axes=1, out_axes=1)(ys)
+        ys = elk_alg(step, y0, guess, t0s, num_iters=iterations, deer=True)
+        return ys[-1, -1:]
 
     return solve

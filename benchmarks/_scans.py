@@ -41,16 +41,11 @@ def compare(
             length=length,
             size=size,
             diagonal=is_diagonal,
-            median_ms=1e3 * timing.median,
-            quartiles_ms=[1e3 * x for x in timing.spread],
+            **timing.columns,
             bandwidth=timings["copy"].median / timing.median,
             gb_per_second=2e-9 * copied * 4 / timing.median,
             temp_mib=timing.temp_bytes / 2**20,
-            error=None
-            if name == "copy"
-            else float(
-                jnp.max(jnp.abs(timing.output - expected)) / jnp.max(jnp.abs(expected))
-            ),
+            error=None if name == "copy" else study.distance(timing.output, expected),
         )
         for name, timing in timings.items()
     ]

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -94,6 +96,20 @@ def outcome(solved: Solved, true: jax.Array) -> Row:
     )
 
 
+def distance(actual: Any, expected: Any) -> float | None:
+    """The largest error, relative to the largest number of each leaf. `None` if there
+    is no number."""
+
+    def one(x, y):
+        # They may live on different devices.
+        x, y = np.asarray(x), np.asarray(y)
+        scale = np.max(np.abs(y))
+        return float(np.max(np.abs(x - y)) / (1 if scale == 0 else scale))
+
+    errors = jax.tree_util.tree_leaves(jax.tree_util.tree_map(one, actual, expected))
+    return max(errors) if all(map(math.isfinite, errors)) else None
+
+
 def show(rows: Sequence[Row], hide: Sequence[str] = ()) -> None:
     """Prints them as tables, one for each suite, without the columns in `hide`."""
     for suite in dict.fromkeys(row["suite"] for row in rows):
@@ -118,10 +134,10 @@ def _cell(value):
         return str(value)
 
 
-def save(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+def save(args: argparse.Namespace, rows: Sequence[Row], **more: Any) -> None:
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        out = dict(env=environment(), rows=rows)
+        out = dict(env=environment(), **more, rows=rows)
         args.output.write_text(json.dumps(out, indent=2) + "\n")
 
 

@@ -42,18 +42,19 @@ class Task(NamedTuple):
 
     def cast(self, dtype: Any, error: float) -> "Task":
         """The same in another precision."""
-
-        def convert(x):
-            return x.astype(dtype) if eqx.is_inexact_array(x) else x
-
-        task = jax.tree_util.tree_map(convert, self._replace(name=""))
-        return task._replace(name=f"{self.name}, {jnp.dtype(dtype).name}", error=error)
+        name = f"{self.name}, {jnp.dtype(dtype).name}"
+        return _cast(self, dtype)._replace(name=name, error=error)
 
     def batched(self, number: int) -> "Task":
         """That many initial values, each of them slightly different."""
         away = 1e-2 * jr.normal(jr.key(number), (number, self.y0.size))
         y0 = self.y0 * (1 + away.astype(self.y0.dtype))
         return self._replace(name=f"{self.name}, batch of {number}", y0=y0)
+
+
+def _cast(tree, dtype):
+    convert = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x
+    return jax.tree_util.tree_map(convert, tree)
 
 
 def two_bodies(saves: int | None = None) -> Task:
@@ -175,6 +176,4 @@ def _hamiltonian_network(steps: int = 1000) -> eqx.nn.MLP:
     carry = (params, optimiser.init(params))
     fit = jax.jit(lambda carry, keys: jax.lax.scan(body, carry, keys)[0])
     params, _ = fit(carry, jr.split(jr.key(1), steps))
-    dtype = jnp.result_type(float)
-    cast = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x
-    return eqx.combine(jax.tree_util.tree_map(cast, params), static)
+    return eqx.combine(_cast(params, jnp.result_type(float)), static)

@@ -35,6 +35,13 @@ class Timing:
         low, high = np.percentile(self.seconds, [25, 75])
         return float(low), float(high)
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a table says of it."""
+        return dict(
+            median_ms=1e3 * self.median, quartiles_ms=[1e3 * x for x in self.spread]
+        )
+
 
 def measure(
     functions: dict[_Name, Callable],
@@ -106,6 +113,10 @@ def measure(
         )
         for name in functions
     }
+
+
+def print_environment() -> None:
+    print(", ".join(f"{name} {version}" for name, version in environment().items()))
 
 
 def environment() -> dict[str, str]:

@@ -6,7 +6,6 @@ all are saved. `--output FILE.json` also saves the tables.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import diffrax as dfx
@@ -14,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from diffrax_deer import DeerAdjoint, DeerSolver
 
-from ._timing import environment, measure
+from . import _study as study
+from ._timing import measure, print_environment
 from ._two_body import exact, initial_value, T, term
 
 
@@ -106,8 +106,7 @@ def main():
 
     reference = exact(y0, ts)
     assert reference is not None
-    env = environment()
-    print(", ".join(f"{name} {version}" for name, version in env.items()))
+    print_environment()
     rows = []
     for suite, solves in suites.items():
         for what, functions in (
@@ -127,8 +126,7 @@ def main():
                     suite=suite,
                     what=what,
                     name=name,
-                    median_ms=1e3 * timing.median,
-                    quartiles_ms=[1e3 * low, 1e3 * high],
+                    **timing.columns,
                     time_ratio=timing.median / first.median,
                     compile_seconds=timing.compile_seconds,
                 )
@@ -142,8 +140,7 @@ def main():
                     line += f"   error {row['error']:.1e}"
                 rows.append(row)
                 print(line)
-    if args.output is not None:
-        args.output.write_text(json.dumps(dict(env=env, rows=rows), indent=2) + "\n")
+    study.save(args, rows)
 
 
 if __name__ == "__main__":

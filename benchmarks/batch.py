@@ -16,7 +16,7 @@ from diffrax_deer import DeerAdjoint
 from matplotlib.axes import Axes
 
 from . import _problems as zoo, _study as study
-from ._timing import measure
+from ._timing import measure, print_environment
 
 
 jax.config.update("jax_enable_x64", True)
@@ -101,6 +101,7 @@ def draw(rows: Sequence[study.Row], panels: list[Axes]) -> None:
 def main():
     args = study.arguments(__doc__)
     rows = [row for name in PROBLEMS for row in rows_of(name, args.repeats)]
+    print_environment()
     study.show(rows)
     study.save(args, rows)
     study.figure(args.figure, (2, 2), ft.partial(draw, rows))

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from . import _problems as zoo, _study as study
-from ._timing import measure
+from ._timing import measure, print_environment
 
 
 jax.config.update("jax_enable_x64", True)
@@ -104,6 +104,7 @@ def main():
             new_rows = rows_of(name, points, args.repeats, one_window)
             one_window &= all(row.get("converged", True) for row in new_rows)
             rows += new_rows
+    print_environment()
     study.show(rows)
     study.save(args, rows)
     study.figure(args.figure, (2, 2), ft.partial(draw, rows))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from matplotlib.axes import Axes
 
 from . import _problems as zoo, _study as study
+from ._timing import print_environment
 
 
 jax.config.update("jax_enable_x64", True)
@@ -180,6 +181,7 @@ def main():
     args = study.arguments(__doc__)
     rows = methods(args.repeats) + tolerances() + dampings()
     rows += guesses(args.repeats) + substeps(args.repeats) + sizes(args.repeats)
+    print_environment()
     study.show(rows)
     study.save(args, rows)
     study.figure(args.figure, (2, 2), ft.partial(draw, rows))

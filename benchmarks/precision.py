@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from . import _problems as zoo, _study as study
-from ._timing import measure
+from ._timing import measure, print_environment
 
 
 jax.config.update("jax_enable_x64", True)
@@ -185,6 +185,7 @@ def draw(rows: Sequence[study.Row], panels: list[Axes]) -> None:
 def main():
     args = study.arguments(__doc__)
     rows = whole(args.repeats) + tolerances() + guesses() + gradients()
+    print_environment()
     study.show(rows)
     study.save(args, rows)
     study.figure(args.figure, (2, 2), ft.partial(draw, rows))

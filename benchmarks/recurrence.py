@@ -7,7 +7,6 @@ precision. `--output FILE.json` also saves the table.
 
 import argparse
 import functools as ft
-import json
 from pathlib import Path
 
 import equinox as eqx
@@ -18,7 +17,8 @@ import numpy as np
 from diffrax_deer import DEER, deer_scan_solution, QuasiDEER
 from jax import lax
 
-from ._timing import environment, measure
+from . import _study as study
+from ._timing import measure, print_environment
 
 
 INPUTS = 6
@@ -70,12 +70,6 @@ def jacobians_gib(method, size, length, batch):
     return 4 * batch * length * per_element * np.dtype(np.float32).itemsize / 2**30
 
 
-def error(actual, expected):
-    """The largest, relative to the largest value of the same leaf."""
-    leaves = zip(jax.tree_util.tree_leaves(actual), jax.tree_util.tree_leaves(expected))
-    return max(float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))) for x, y in leaves)
-
-
 def compare(length, size, batch, repeats):
     (params, static), xs = gru(size, length, batch)
     solves = {"lax.scan": ft.partial(with_scan, static, size)}
@@ -100,11 +94,10 @@ def compare(length, size, batch, repeats):
                 batch=batch,
                 what=what,
                 name=name,
-                median_ms=1e3 * timing.median,
-                quartiles_ms=[1e3 * x for x in timing.spread],
+                **timing.columns,
                 time_ratio=timing.median / reference.median,
                 iterations=int(num_iterations),
-                error=error(output, reference.output[0]),
+                error=study.distance(output, reference.output[0]),
                 temp_mib=timing.temp_bytes / 2**20,
                 compile_seconds=timing.compile_seconds,
             )
@@ -132,16 +125,14 @@ def main():
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = parser.parse_args()
 
-    env = environment()
-    print(", ".join(f"{name} {version}" for name, version in env.items()))
+    print_environment()
     print(" length size batch")
     rows = []
     for length in args.lengths:
         for size in args.sizes:
             for batch in args.batches:
                 rows += compare(length, size, batch, args.repeats)
-    if args.output is not None:
-        args.output.write_text(json.dumps(dict(env=env, rows=rows), indent=2) + "\n")
+    study.save(args, rows)
 
 
 if __name__ == "__main__":

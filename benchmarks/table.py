@@ -1,13 +1,12 @@
 """Writes the results of `python -m benchmarks` into a document, as tables.
 
 Between `<!-- FILE.json -->` and `<!-- end -->`, for every such pair of lines, where
-`FILE.json` is in `benchmarks/results`. `--check` only says if anything would change.
+`FILE.json` is in `benchmarks/results`.
 """
 
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +107,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("document", type=Path)
-    parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    text = args.document.read_text()
-    new = updated(text)
-    if not args.check:
-        args.document.write_text(new)
-    elif new != text:
-        sys.exit(f"{args.document} is not what its JSON files say. Run this again.")
+    args.document.write_text(updated(args.document.read_text()))
 
 
 if __name__ == "__main__":
