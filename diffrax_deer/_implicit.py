@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from ._batch import one_by_one_on_cpus
+from ._noise import is_noisy, noise_of_linear
 from ._scan import AbstractScan, Matrices
 
 
@@ -291,21 +292,26 @@ def _iterative(product, solve, b):
     size_of = lambda x: jnp.max(jnp.abs(x), axis=-1, keepdims=True)
 
     def cond_fun(carry):
-        _, is_done, num_iterations = carry
+        _, _, is_done, num_iterations = carry
         return jnp.invert(is_done) & (num_iterations < len(b))
 
     def body_fun(carry):
-        x, _, num_iterations = carry
+        x, last_size, _, num_iterations = carry
         A_x = product(x)
         new_x = A_x + b
         r = jnp.where(jnp.isfinite(new_x), new_x - x, 0)
-        rounding_error = _ROUNDING * eps * (size_of(x) + size_of(A_x) + size_of(b))
-        is_done = jnp.all(jnp.abs(new_x - x) <= rounding_error)
+        size = jnp.max(jnp.abs(r))
+        error = _ROUNDING * eps * (size_of(x) + size_of(A_x) + size_of(b))
+        if is_noisy(eps):
+            is_standstill = size > 0.5 * last_size
+            error = error + noise_of_linear(product, x, A_x, is_standstill)
+        is_done = jnp.all(jnp.abs(new_x - x) <= error)
         new_x = new_x + (solve(r) - r)
         # Beyond the terms that are known already, this may go anywhere.
         new_x = jnp.where(jnp.isfinite(new_x), new_x, x)
-        return new_x, is_done, num_iterations + 1
+        return new_x, size, is_done, num_iterations + 1
 
-    zero = jnp.array(0, jnp.int32)
-    x, _, _ = lax.while_loop(cond_fun, body_fun, (b, jnp.array(False), zero))
+    infinite, zero = jnp.array(jnp.inf, b.dtype), jnp.array(0, jnp.int32)
+    init = (b, infinite, jnp.array(False), zero)
+    x, *_ = lax.while_loop(cond_fun, body_fun, init)
     return x

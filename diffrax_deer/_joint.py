@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -168,10 +167,7 @@ class Iteration(eqx.Module):
         rounding_error = _ROUNDING * window.eps * size
         finite = jnp.all(okay)
         standstill = finite & (rate >= 0.5) & (state.num_iterations > 0)
-        # No matter what the tolerance is, larger changes are not due to rounding.
-        most = lambda x: jnp.max(jnp.abs(x), axis=0, initial=0)
-        nearby = jnp.all(most(delta) <= math.sqrt(window.eps) * most(scale))
-        noise = window.noise(starts, r, standstill & nearby)
+        noise = window.noise(starts, r, standstill)
         stagnates = standstill & jnp.all(jnp.abs(r) <= rounding_error + noise)
         # It may even make it worse, as a large `A` amplifies rounding errors.
         new_ys = jnp.where(stagnates, ys, new_ys)

@@ -2,7 +2,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -23,17 +22,13 @@ from ._checks import (
 from ._custom_types import RealScalarLike
 from ._joint import Iteration, joint_solve
 from ._method import AbstractMethod, DEER
+from ._noise import among_neighbours, nearby, noise
 from ._scan import AbstractScan, AutoScan
 from ._step import precision
 from ._window import AbstractWindow
 
 
 _Carry = TypeVar("_Carry")
-
-# How many neighbours the rounding errors of an element are judged by, and how many
-# times those of the neighbours they may be.
-_NEIGHBOURS = 64
-_OUTLIER = 8
 
 
 class ScanSolution(eqx.Module):
@@ -82,24 +77,11 @@ class _Recurrence(AbstractWindow):
         r: Float[Array, "substeps size"],
         wanted: Bool[Array, ""],
     ) -> Float[Array, "substeps size"]:
-        # Seen from as near as the residuals are large, a function is a straight line,
-        # unless these residuals are nothing but its rounding errors. These are random,
-        # and may happen to be zero. So compare with what is typical of the neighbours.
-        def measure(starts, r):
-            distance = _among_neighbours(jnp.max, jnp.abs(r))
-            middle = self.ends(starts)
-            left, right = lax.map(
-                self.ends, jnp.stack([starts - distance, starts + distance])
-            )
-            bend = (left - middle) + (right - middle)
-            rms = lambda x, axis: jnp.sqrt(jnp.mean(x**2, axis=axis))
-            return _OUTLIER * _among_neighbours(rms, bend)
-
-        # In a batch, of all or of none.
-        measured = lax.cond(
-            eqxi.unvmap_any(wanted), measure, lambda _, r: jnp.zeros_like(r), starts, r
-        )
-        return jnp.where(wanted & jnp.isfinite(measured), measured, 0)
+        # From as near as the residuals are large, as then it does not matter how much
+        # a function is curved.
+        most = lambda x: among_neighbours(jnp.max, jnp.abs(x))
+        distance = jnp.minimum(most(r), nearby(most(starts)))
+        return noise(self.ends, starts, distance, wanted)
 
 
 def deer_scan(
@@ -275,17 +257,6 @@ def deer_scan_solution(
     if reverse:
         ys, carries = _flip(ys), _flip(carries)
     return ScanSolution(carry, ys, carries, solution.num_iterations, solution.result)
-
-
-def _among_neighbours(reduce, x):
-    """Reduces over blocks of neighbours, of which the last one is not shorter."""
-    length = len(x)
-    size = min(_NEIGHBOURS, length)
-    # The last block overlaps with the one before.
-    first = jnp.minimum(size * jnp.arange(-(-length // size)), length - size)
-    index = first[:, None] + jnp.arange(size)
-    blocks = reduce(x[index], axis=1)
-    return jnp.repeat(blocks, size, axis=0)[:length]
 
 
 def _as(x, form):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float, PyTree, Real, Shaped
 
+from ._noise import is_noisy, nearby, noise
 from ._step import OneStepMap, Substep
 
 
@@ -38,8 +39,8 @@ class AbstractWindow(eqx.Module):
         r: Float[Array, "substeps size"],
         wanted: Bool[Array, ""],
     ) -> Float[Array, "substeps size"]:
-        """How large residuals may be because of rounding errors made on values other
-        than those that the substeps begin and end with. Zero if not wanted."""
+        """How large the residuals `r` may be because of rounding errors made on values
+        other than those that the substeps begin and end with. Zero if not wanted."""
 
     def starts(
         self, ys: Float[Array, "substeps size"]
@@ -104,9 +105,11 @@ class Window(AbstractWindow):
         r: Float[Array, "substeps size"],
         wanted: Bool[Array, ""],
     ) -> Float[Array, "substeps size"]:
-        # A step adds something small to the value that it begins with.
-        del starts, wanted
-        return jnp.zeros_like(r)
+        # A step adds something small to the value that it begins with, so that rounding
+        # errors made on the former only matter if these are made in a lower precision.
+        if not is_noisy(self.eps):
+            return jnp.zeros_like(r)
+        return noise(self.ends, starts, nearby(jnp.abs(starts)), wanted)
 
     # The size of the axis has to be given for the sake of states without any leaf.
 

@@ -10,12 +10,27 @@ def coarse_grid(
 ) -> Real[Array, " steps_plus_1"]:
     """Some of the times in `ts`, about evenly spaced, such that there are `steps` steps
     between them."""
-    return ts[jnp.arange(steps + 1, dtype=jnp.int32) * _used(ts) // steps]
+    short, num_long = _lengths(ts, steps)
+    index = jnp.arange(steps + 1, dtype=jnp.int32)
+    return ts[index * short + jnp.minimum(index, num_long)]
 
 
-def _used(ts):
+def _lengths(ts, steps):
+    # All large steps consist of as many substeps, but the first ones of one more. (To
+    # round a multiple of `substeps / steps` instead would overflow on long windows.)
     # Substeps of length zero, with which a window may be padded, do not count.
-    return jnp.maximum(jnp.searchsorted(ts, ts[-1]), 1)
+    used = jnp.maximum(jnp.searchsorted(ts, ts[-1]), 1).astype(jnp.int32)
+    return used // steps, used % steps
+
+
+def _large_step(ts, steps):
+    """Of every substep the large one that it is a part of."""
+    short, num_long = _lengths(ts, steps)
+    index = jnp.arange(ts.shape[0] - 1, dtype=jnp.int32)
+    in_long = index // (short + 1)
+    in_short = num_long + (index - num_long * (short + 1)) // jnp.maximum(short, 1)
+    large = jnp.where(in_long < num_long, in_long, in_short)
+    return jnp.minimum(large, steps - 1)
 
 
 def from_coarse_grid(
@@ -32,10 +47,7 @@ def from_coarse_grid(
 
 
 def _interpolate(step, ts, coarse_ts, coarse_ys):
-    steps = coarse_ts.shape[0] - 1
-    # The large step that the `n`-th substep is a part of.
-    n = jnp.arange(1, ts.shape[0], dtype=jnp.int32)
-    index = jnp.minimum(-(n * steps // -_used(ts)), steps) - 1
+    index = _large_step(ts, coarse_ts.shape[0] - 1)
     t0, dt = coarse_ts[index], jnp.diff(coarse_ts)[index]
     fraction = jnp.where(dt == 0, 1, (ts[1:] - t0) / jnp.where(dt == 0, 1, dt))
     x, dt = (x.astype(coarse_ys.dtype)[:, None] for x in (fraction, dt))

@@ -2,8 +2,10 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
 import optimistix as optx
-from diffrax import AbstractSolver, AbstractTerm
+from diffrax import AbstractSolver, AbstractTerm, RESULTS
 from jaxtyping import Array, PyTree, Real
 
 from .._checks import check_instance, check_one_step_solver, check_positive_int
@@ -28,7 +30,9 @@ class NestedGuess(AbstractGuess):
     For that in turn a guess is needed, which may be the solution on a grid that is
     coarser still. As in a multigrid method, most iterations are then made where they
     cost least. It suits long windows on devices on which the steps of
-    [`diffrax_deer.CoarseGuess`][], made one after the other, would be slow.
+    [`diffrax_deer.CoarseGuess`][], made one after the other, would be slow. Where the
+    iteration does not converge soon (much coarser grids may tell nothing about the
+    solution, as if it is chaotic), they are made one after the other nevertheless.
     """
 
     levels: int = eqx.field(default=1, static=True)
@@ -37,7 +41,7 @@ class NestedGuess(AbstractGuess):
     solver: AbstractSolver | None = None
     method: AbstractMethod = DEER()
     scan: AbstractScan = AutoScan()
-    max_iters: int | None = eqx.field(default=None, static=True)
+    max_iters: int = eqx.field(default=16, static=True)
 
     def __check_init__(self):
         check_positive_int(self.levels, "NestedGuess(levels=...)")
@@ -47,8 +51,7 @@ class NestedGuess(AbstractGuess):
             check_one_step_solver(self.solver, "NestedGuess(solver=...)")
         check_instance(self.method, AbstractMethod, "NestedGuess(method=...)")
         check_instance(self.scan, AbstractScan, "NestedGuess(scan=...)")
-        if self.max_iters is not None:
-            check_positive_int(self.max_iters, "NestedGuess(max_iters=...)")
+        check_positive_int(self.max_iters, "NestedGuess(max_iters=...)")
 
     def __call__(
         self,
@@ -78,11 +81,32 @@ class NestedGuess(AbstractGuess):
             rtol=_RTOL,
             atol=None,
             norm=optx.max_norm,
-            max_iters=steps if self.max_iters is None else self.max_iters,
+            max_iters=min(self.max_iters, steps),
         )
-        # If it does not converge, then it is still some guess.
         solution = iteration.run(window.finite(window.ravel_all(ys)))
-        return from_coarse_grid(step, ts, window.y0, coarse_ts, solution.ys)
+        ys = _one_by_one(window, solution)
+        return from_coarse_grid(step, ts, window.y0, coarse_ts, ys)
+
+
+def _one_by_one(window, solution):
+    """The solution, or else what the steps made one after the other lead to."""
+
+    steps = len(solution.ys)
+    # No `cond`, of which a batch would always make this branch as well.
+    okay = solution.result == RESULTS.successful
+    first = jnp.where(okay, steps, 0).astype(jnp.int32)
+
+    def goes_on(state):
+        n, y, _ = state
+        return (n < steps) & jnp.all(jnp.isfinite(y))
+
+    def body(state):
+        n, y, ys = state
+        y = window.step(window.ts[n], window.ts[n + 1], y)
+        return n + 1, y, ys.at[n].set(y)
+
+    _, _, ys = lax.while_loop(goes_on, body, (first, window.y0, solution.ys))
+    return ys
 
 
 NestedGuess.__init__.__doc__ = """**Arguments:**
@@ -93,6 +117,6 @@ NestedGuess.__init__.__doc__ = """**Arguments:**
 - `solver`: the solver that makes the steps on coarser grids. Defaults to the solver
     that [`diffrax_deer.DeerSolver`][] wraps.
 - `method`, `scan`: as for [`diffrax_deer.DeerSolver`][].
-- `max_iters`: the maximum number of iterations on each coarser grid. A positive
-    integer. Defaults to the number of steps on it.
+- `max_iters`: the maximum number of iterations on each coarser grid. If more would be
+    needed, then the steps on it are made one after the other. A positive integer.
 """

@@ -1,26 +1,32 @@
+import jax
 import jax.lax as lax
 from jaxtyping import Array, Float
 
 from .associative import AssociativeScan
 from .base import AbstractScan, Matrices
+from .kernel import can_be_kernels, KernelScan
 from .sequential import SequentialScan
 
 
 class AutoScan(AbstractScan):
     """Picks a scan by the platform that the computation is lowered for:
-    [`diffrax_deer.SequentialScan`][] on a CPU, [`diffrax_deer.AssociativeScan`][]
-    everywhere else.
+    [`diffrax_deer.SequentialScan`][] on a CPU, [`diffrax_deer.KernelScan`][] on an
+    Nvidia GPU, [`diffrax_deer.AssociativeScan`][] everywhere else. (To export a
+    computation for a GPU, from where JAX has none, this picks the last one as well.)
     """
 
     def __call__(
         self, A: Matrices, b: Float[Array, "substeps size"], *, reverse: bool = False
     ) -> Float[Array, "substeps size"]:
-        return lax.platform_dependent(
-            A,
-            b,
-            cpu=lambda A, b: SequentialScan()(A, b, reverse=reverse),
-            default=lambda A, b: AssociativeScan()(A, b, reverse=reverse),
+        scans: dict[str, AbstractScan] = dict(
+            cpu=SequentialScan(), default=AssociativeScan()
         )
+        # Without a GPU there is nothing to compile the kernels for.
+        if jax.default_backend() == "gpu" and can_be_kernels(A, b):
+            scans["cuda"] = KernelScan()
+        call = lambda scan: lambda A, b: scan(A, b, reverse=reverse)
+        branches = {platform: call(scan) for platform, scan in scans.items()}
+        return lax.platform_dependent(A, b, **branches)
 
     def damped(
         self, A: Matrices, b: Float[Array, "substeps size"], damping: Float[Array, ""]
