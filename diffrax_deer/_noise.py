@@ -57,7 +57,7 @@ def noise_of_linear(
 def nearby(size: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """How far away to look from, at a point of this size: not so far that more than
     rounding errors can be seen, nor so near that these are all the same."""
-    return math.sqrt(jnp.finfo(size.dtype).eps) / 8 * size
+    return math.sqrt(jnp.finfo(size.dtype).eps) / 2 * size
 
 
 def _typical(errors, x, fn_x):

@@ -5,7 +5,7 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
-from diffrax import AbstractSolver, AbstractTerm, RESULTS
+from diffrax import AbstractSolver, AbstractTerm
 from jaxtyping import Array, PyTree, Real
 
 from .._checks import check_instance, check_one_step_solver, check_positive_int
@@ -83,29 +83,32 @@ class NestedGuess(AbstractGuess):
             norm=optx.max_norm,
             max_iters=min(self.max_iters, steps),
         )
-        solution = iteration.run(window.finite(window.ravel_all(ys)))
-        ys = _one_by_one(window, solution)
+        # If there are large steps that blow up, then there is no solution to be found.
+        state = lax.while_loop(
+            lambda state: iteration.goes_on(state) & state.finite,
+            lambda state: iteration.step(state),
+            iteration.init(window.finite(window.ravel_all(ys))),
+        )
+        ys = _unless_converged(window, state)
         return from_coarse_grid(step, ts, window.y0, coarse_ts, ys)
 
 
-def _one_by_one(window, solution):
-    """The solution, or else what the steps made one after the other lead to."""
+def _unless_converged(window, state):
+    """Makes the steps one after the other, as long as they do not blow up."""
+    steps = len(state.ys)
 
-    steps = len(solution.ys)
-    # No `cond`, of which a batch would always make this branch as well.
-    okay = solution.result == RESULTS.successful
-    first = jnp.where(okay, steps, 0).astype(jnp.int32)
-
-    def goes_on(state):
-        n, y, _ = state
+    def goes_on(carry):
+        n, y, _ = carry
         return (n < steps) & jnp.all(jnp.isfinite(y))
 
-    def body(state):
-        n, y, ys = state
+    def body(carry):
+        n, y, ys = carry
         y = window.step(window.ts[n], window.ts[n + 1], y)
         return n + 1, y, ys.at[n].set(y)
 
-    _, _, ys = lax.while_loop(goes_on, body, (first, window.y0, solution.ys))
+    # No `cond`, of which a batch would always make this branch as well.
+    first = jnp.where(state.converged, steps, 0).astype(jnp.int32)
+    _, _, ys = lax.while_loop(goes_on, body, (first, window.y0, state.ys))
     return ys
 
 

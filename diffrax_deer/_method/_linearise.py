@@ -13,6 +13,8 @@ from .._window import AbstractWindow, has_linear_ode
 # The Taylor polynomial of degree 4 of `exp(X)` is used up to this norm, where it is
 # right to 3e-4.
 _TAYLOR_RADIUS = 0.5
+# Matrices of which the products need no help.
+_SMALL = 8
 # More squarings than this are no better than an overflow.
 _MAX_SQUARINGS = 64
 
@@ -89,7 +91,17 @@ def _diagonals(fn, xs, samples, key):
 
 
 def _matmul(A, B):
-    return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
+    def product(A, B):
+        return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
+
+    def sum_of_products(A, B):
+        return jnp.sum(A[..., None] * B[..., None, :, :], axis=-2)
+
+    # GPUs spend most of a small matrix product on what makes a large one fast.
+    if A.shape[-1] <= _SMALL:
+        return lax.platform_dependent(A, B, cpu=product, default=sum_of_products)
+    else:
+        return product(A, B)
 
 
 def matrix_exponential(X: Float[Array, "n size size"]) -> Float[Array, "n size size"]:
