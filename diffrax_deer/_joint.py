@@ -110,9 +110,8 @@ class Iteration(eqx.Module):
         # something else: residuals that are zero would not be.
         stepped_ys = lax.optimization_barrier(window.ends(starts))
 
-        # Far from the solution, vector fields may overflow or leave their domain. Such
-        # substeps are left as they are, and wait for better values to arrive.
-        okay = is_finite(stepped_ys)
+        # Far from the solution, vector fields may overflow or leave their domain.
+        exists = okay = is_finite(stepped_ys)
         r = jnp.where(okay[:, None], stepped_ys - ys, 0)
         residual = self.norm(r / self.tolerance(jnp.abs(ys) + jnp.abs(r)))
         residual = jnp.asarray(residual, state.residual.dtype)
@@ -133,13 +132,20 @@ class Iteration(eqx.Module):
         )
         delta, is_telling = self.method.correct(self.scan, A, r, ys)
         # This changes nothing, unless the scan makes rounding errors larger than ours.
-        delta = jnp.where(up_to_front(r)[:, None], r, delta)
+        is_known = up_to_front(jnp.any(r != 0, axis=-1) | jnp.invert(exists))
+        delta = jnp.where(is_known[:, None], r, delta)
         # This sum is arranged such that, up to the front of those substeps that start
         # from a final value, `delta == r` gives the wrapped solver's step to the last
         # bit. The front moves by at least one substep in every iteration.
         new_ys = stepped_ys + (delta - r)
         okay = okay & is_finite(new_ys)
+        # Where no step arrives, or none departs from, begin again with the last value
+        # that is of use. (If left as they are, these would come back one by one.)
+        departs = jnp.concatenate([exists[1:], jnp.array([True])])
+        is_lost = jnp.invert(is_known | (okay & departs))
         new_ys = jnp.where(okay[:, None], new_ys, ys)
+        last = new_ys[jnp.argmax(is_lost).astype(jnp.int32) - 1]
+        new_ys = jnp.where(is_lost[:, None], last, new_ys)
 
         delta = new_ys - ys
         scale = jnp.maximum(jnp.abs(ys), jnp.abs(new_ys))

@@ -78,11 +78,11 @@ def is_finite(ys: Float[Array, "substeps size"]) -> Bool[Array, " substeps"]:
     return jnp.all(jnp.abs(ys) < jnp.finfo(ys.dtype).max / 4, axis=-1)
 
 
-def up_to_front(r: Float[Array, "substeps size"]) -> Bool[Array, " substeps"]:
-    """Which substeps begin with a final value, going by the residuals: those with none,
-    and the first one with any. It has no error to be carried away from."""
-    front = jnp.argmax(jnp.any(r != 0, axis=-1)).astype(jnp.int32)
-    return jnp.arange(len(r), dtype=jnp.int32) <= front
+def up_to_front(is_open: Bool[Array, " substeps"]) -> Bool[Array, " substeps"]:
+    """Which substeps begin with a final value, given which of them leave a residual:
+    all before the first one of these, and that one."""
+    front = jnp.where(jnp.any(is_open), jnp.argmax(is_open), len(is_open))
+    return jnp.arange(len(is_open), dtype=jnp.int32) <= front.astype(jnp.int32)
 
 
 class Window(AbstractWindow):

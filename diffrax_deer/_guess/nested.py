@@ -22,6 +22,10 @@ from .coarse import CoarseGuess
 
 # Of the solution on a coarser grid. Its discretisation error is larger.
 _RTOL = 1e-3
+# Where more iterations would be needed, one might as well make the steps one after the
+# other. On a GPU an iteration takes as long as a few dozen of them.
+_MIN_ITERS = 16
+_STEPS_PER_ITER = 256
 
 
 class NestedGuess(AbstractGuess):
@@ -41,7 +45,7 @@ class NestedGuess(AbstractGuess):
     solver: AbstractSolver | None = None
     method: AbstractMethod = DEER()
     scan: AbstractScan = AutoScan()
-    max_iters: int = eqx.field(default=16, static=True)
+    max_iters: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self):
         check_positive_int(self.levels, "NestedGuess(levels=...)")
@@ -51,7 +55,8 @@ class NestedGuess(AbstractGuess):
             check_one_step_solver(self.solver, "NestedGuess(solver=...)")
         check_instance(self.method, AbstractMethod, "NestedGuess(method=...)")
         check_instance(self.scan, AbstractScan, "NestedGuess(scan=...)")
-        check_positive_int(self.max_iters, "NestedGuess(max_iters=...)")
+        if self.max_iters is not None:
+            check_positive_int(self.max_iters, "NestedGuess(max_iters=...)")
 
     def __call__(
         self,
@@ -74,6 +79,10 @@ class NestedGuess(AbstractGuess):
         step = OneStepMap(coarse_solver, terms, y0, args)
         window = Window(step=step, ts=coarse_ts, y0=step.ravel(y0))
         ys = guess(coarse_solver, terms, coarse_ts, y0, args, None)
+        if self.max_iters is None:
+            max_iters = max(_MIN_ITERS, steps // _STEPS_PER_ITER)
+        else:
+            max_iters = self.max_iters
         iteration = Iteration(
             window=window,
             method=self.method,
@@ -81,11 +90,14 @@ class NestedGuess(AbstractGuess):
             rtol=_RTOL,
             atol=None,
             norm=optx.max_norm,
-            max_iters=min(self.max_iters, steps),
+            max_iters=min(max_iters, steps),
         )
-        # If there are large steps that blow up, then there is no solution to be found.
+        # If large steps blow up then there may be no solution to be found, and steps
+        # made one after the other find that out soon. Unless there are very many.
+        patience = steps // (4 * _STEPS_PER_ITER)
+        not_lost = lambda state: state.finite | (state.num_iterations < patience)
         state = lax.while_loop(
-            lambda state: iteration.goes_on(state) & state.finite,
+            lambda state: iteration.goes_on(state) & not_lost(state),
             lambda state: iteration.step(state),
             iteration.init(window.finite(window.ravel_all(ys))),
         )
@@ -122,4 +134,5 @@ NestedGuess.__init__.__doc__ = """**Arguments:**
 - `method`, `scan`: as for [`diffrax_deer.DeerSolver`][].
 - `max_iters`: the maximum number of iterations on each coarser grid. If more would be
     needed, then the steps on it are made one after the other. A positive integer.
+    Defaults to one for every 256 of these steps, but at least 16.
 """

@@ -53,7 +53,7 @@ class AbstractDampedMethod(AbstractMethod):
             is_telling = jnp.array(True)
 
         # Where there is nothing to correct, the filter has nothing to be unsure about.
-        behind = up_to_front(r)[:, None]
+        behind = up_to_front(jnp.any(r != 0, axis=-1))[:, None]
         if A.ndim == r.ndim:
             A = jnp.where(behind, 0, A)
         else:

@@ -24,7 +24,7 @@ _CHUNK = 16
 _SHORT = 32
 # Larger matrices do not fit into registers.
 _MAX_SIZE = 16
-_NUM_WARPS = 4
+_NUM_WARPS = 1
 # What a thread of a program holds: of a product one column of one chunk, and of the
 # matrices of all chunks, while evaluating them, as many entries.
 _THREADS = 32 * _NUM_WARPS
