@@ -21,9 +21,14 @@ from ._timing import measure, print_environment
 
 
 jax.config.update("jax_enable_x64", True)
+# On a GPU, products of matrices are made with three digits by default. Step size
+# controllers mistake what is missing for the error, and make several times the steps.
+jax.config.update("jax_default_matmul_precision", "highest")
 
 # Of a function that is slow, fewer repetitions have to do.
 _MAX_SECONDS = 2.0
+# Of more steps, there is no reference for gradients.
+_MAX_REFERENCE = 100_000
 
 
 def suite(name: str) -> list[Task]:
@@ -52,13 +57,11 @@ def suite(name: str) -> list[Task]:
         return full
     single = lambda task: task.cast(jnp.float32, 1e-4)
     return [
-        *(single(saves), single(saves.batched(16))),
         single(tasks.hamiltonian(10_000).batched(16)),
         single(tasks.hamiltonian(10_000, steps=10_000).batched(16)),
         # Single precision has too few digits for so many different times.
         *(tasks.forced_oscillator(10**n) for n in (4, 5, 6)),
-        single(tasks.neural_cde(10_000)),
-        *(two_bodies, two_bodies.batched(256), van_der_pol),
+        *(single(saves), single(tasks.neural_cde(10_000))),
     ]
 
 
@@ -117,10 +120,15 @@ def compare(
         compile_repeats=1,
         cold=True,
     )
-    expected = jax.jit(value_and_grad(true))(*wide_inputs)
+    # It would take minutes.
+    if task.steps is not None and task.steps > _MAX_REFERENCE:
+        expected = None
+    else:
+        expected = jax.jit(value_and_grad(true))(*wide_inputs)
+    error = lambda x: None if expected is None else study.distance(x, expected)
     rows += [
         _row(
-            *(task, "gradient", *key, timing, study.distance(timing.output, expected)),
+            *(task, "gradient", *key, timing, error(timing.output)),
             chosen=True,
             compile_seconds=timing.compile_seconds,
         )
@@ -209,16 +217,16 @@ def main():
         rows.extend(new_rows)
         study.save(args, rows, missing=missing)
 
+    for size in _scans.sizes(args.suite) if args.only == "" else []:
+        add(_scans.compare(*size, args.repeats, _MAX_SECONDS))
     for task in suite(args.suite):
         if args.only not in task.name:
             continue
         # These know neither batches, nor given steps, nor how to interpolate.
         is_simple = task.steps is None and task.ts is None and not task.is_batch
         asked = others if is_simple else {}
-        everyone = {**contenders(task, few=args.suite == "quick"), **asked}
+        everyone = {**contenders(task, args.suite), **asked}
         add(compare(task, everyone, args.repeats))
-    for size in _scans.sizes(args.suite) if args.only == "" else []:
-        add(_scans.compare(*size, args.repeats, _MAX_SECONDS))
     number = len(_choices(rows))
     if number > 0:
         shape = (-(-number // 3), min(number, 3))

@@ -27,6 +27,7 @@ Solve = Callable[[Array, Any], Float[Array, "saves size"]]
 
 # More steps than this take minutes on a GPU, one after the other.
 _MAX_SEQUENTIAL = 100_000
+_MAX_GRADIENT_ON_GPU = 10_000
 _DEFAULT: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint()
 
 
@@ -59,7 +60,7 @@ def batched(task: Task, solve: Callable) -> Callable:
     return lambda y0, *rest: jax.vmap(lambda y0: solve(y0, *rest))(y0)
 
 
-def contenders(task: Task, *, few: bool) -> dict[str, Contender]:
+def contenders(task: Task, suite: str) -> dict[str, Contender]:
     """The first one is what the others are compared with."""
     steps = task.steps
     if steps is not None:
@@ -69,11 +70,15 @@ def contenders(task: Task, *, few: bool) -> dict[str, Contender]:
         deer = {"DeerSolver, one window": constant(ft.partial(_one_window, solver))}
         if steps > _MAX_SEQUENTIAL:
             return deer
+        deer[f"{name}, constant steps"] = Contender(
+            ft.partial(_constant, solver, _DEFAULT),
+            (steps,),
+            has_gradient=suite != "gpu" or steps <= _MAX_GRADIENT_ON_GPU,
+        )
+        if suite == "gpu":
+            return deer
         return {
             **deer,
-            f"{name}, constant steps": constant(
-                ft.partial(_constant, solver, _DEFAULT)
-            ),
             f"{name}, constant steps, DeerAdjoint": constant(
                 ft.partial(_constant, solver, DeerAdjoint())
             ),
@@ -81,7 +86,7 @@ def contenders(task: Task, *, few: bool) -> dict[str, Contender]:
     tolerances = tuple(task.error * 10.0**-i for i in range(-1, 4))
     # Their errors add up over the interval.
     lower = tolerances[1:]
-    substeps = (64, 128, 256, 512)
+    substeps = (128, 256) if suite == "gpu" else (64, 128, 256, 512)
 
     def adaptive(solver, knobs, adjoint=_DEFAULT):
         make = ft.partial(_adaptive, solver, adjoint)
@@ -101,13 +106,17 @@ def contenders(task: Task, *, few: bool) -> dict[str, Contender]:
         "jax odeint": Contender(_odeint, lower),
         "SciPy DOP853": Contender(_scipy, tolerances, has_gradient=False, on_host=True),
     }
-    if few:
+    if suite != "full":
         # What takes longest to measure, and tells least: these are not stiff, and the
         # steps can be chosen.
         del out["Kvaerno5"], out["Tsit5, constant steps"]
     if task.is_batch:
         # One after the other is not how one would use these.
         del out["SciPy DOP853"]
+    if suite == "gpu" and task.is_batch:
+        # Compilation takes most of the time there.
+        keep = ("DeerSolver, one window", "Tsit5", "Tsit5, DeerAdjoint")
+        out = {name: out[name] for name in keep}
     return out
 
 

@@ -21,9 +21,12 @@ from . import _study as study
 from ._timing import measure, print_environment
 
 
+# As in the other benchmarks, so that rounding errors can be told from others.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 INPUTS = 6
 # What is estimated to need more memory for its Jacobians is left out.
-MAX_GIB = 4
+MAX_GIB = 40 if jax.default_backend() == "gpu" else 4
 
 methods = dict(DEER=DEER(), QuasiDEER=QuasiDEER())
 
@@ -132,7 +135,7 @@ def main():
         for size in args.sizes:
             for batch in args.batches:
                 rows += compare(length, size, batch, args.repeats)
-    study.save(args, rows)
+                study.save(args, rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def test_documents(path):
 
 def test_compare(capsys):
     task = neural_cde(8)
-    rows = compare(task, contenders(task, few=True), repeats=2)
+    rows = compare(task, contenders(task, "quick"), repeats=2)
     assert {row["what"] for row in rows} == {"value", "gradient"}
     for row in rows:
         assert row["chosen"] and row["error"] < 1e-6 and row["median_ms"] > 0
