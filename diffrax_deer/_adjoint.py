@@ -461,7 +461,8 @@ def _trajectory(
     linearise = lambda: method.linearise(window, ys)
     A = jax.eval_shape(linearise)
     # Of many chunks, matrices would take too much memory all at once.
-    if is_preconditioner(A, ys) and (A.ndim == ys.ndim or layout.num_chunks == 1):
+    is_small = A.ndim == ys.ndim or layout.num_chunks == 1
+    if is_preconditioner(A, window) and is_small:
         preconditioner = without_gradient(linearise)
     else:
         preconditioner = None

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from ._batch import one_by_one_on_cpus
 from ._noise import is_noisy, noise_of_linear
 from ._scan import AbstractScan, Matrices
+from ._window import AbstractWindow, has_linear_ode
 
 
 _T = TypeVar("_T")
@@ -45,11 +46,16 @@ def without_gradient(fn: Callable[[], _T], *, is_loop: bool = False) -> _T:
         return call(dynamic)
 
 
-def is_preconditioner(A: Any, ys: Float[Array, "substeps size"]) -> bool:
+def is_preconditioner(A: Matrices, window: AbstractWindow) -> bool:
     """Whether derivatives should be found from products with Jacobians only, given this
-    approximation to them. Either they are too large to be formed at all, or so large
-    that a few products take less than all columns."""
-    return A.ndim == ys.ndim or ys.shape[1] >= _LARGE
+    approximation to them."""
+    # They are too large to be formed at all.
+    if A.ndim == 2:
+        return True
+    # A few products take less than all columns of all stages, and than solving as many
+    # recurrences, which however is the larger part where these are solved in parallel.
+    is_large = A.shape[-1] >= _LARGE
+    return is_large and has_linear_ode(window) and jax.default_backend() == "cpu"
 
 
 # This could be `jax.lax.custom_root`, which however traces the derivatives also if they

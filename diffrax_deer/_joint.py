@@ -235,7 +235,7 @@ def joint_solve(
         y1 = jnp.where(okay, window.substep(x, y0), lax.stop_gradient(y0))
         return y1, None
 
-    if is_preconditioner(solution.A, ys):
+    if is_preconditioner(solution.A, window):
         preconditioner = jnp.where(okay, solution.A, 0)
     else:
         preconditioner = None
