@@ -1,12 +1,15 @@
+import importlib.metadata
 import os
 
 
 # Most of the time is spent compiling. Of loops with many operations, which a scan over
-# the steps of a solver is, XLA's newer emitter takes several times as long.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-)
+# the steps of a solver is, XLA's newer emitter takes several times as long. (Later
+# versions have nothing else, and crash if they are given a flag that they do not know.)
+flags = "--xla_backend_optimization_level=0"
+version = importlib.metadata.version("jaxlib").split(".")
+if (int(version[0]), int(version[1])) < (0, 11):
+    flags += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", flags)
 
 import jax
 import pytest

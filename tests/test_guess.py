@@ -20,6 +20,7 @@ from diffrax_deer import (
     NestedGuess,
     SolutionGuess,
 )
+from diffrax_deer._guess._coarse_grid import _large_step, coarse_grid
 
 from .helpers import diffeqsolve, exact, max_error, SaveAt, sequential
 
@@ -222,3 +223,40 @@ def test_solution_of_another_problem():
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "substeps, padding, steps",
+    ((100, 0, 25), (101, 7, 25), (100, 0, 64), (10, 90, 25), (10**6, 0, 250_000)),
+)
+def test_coarse_grid(substeps, padding, steps):
+    # The last one of these overflows, if not done with care.
+    ts = jnp.arange(substeps + 1.0)
+    ts = jnp.concatenate([ts, jnp.full(padding, ts[-1])])
+    grid = np.asarray(coarse_grid(ts, steps))
+    assert grid.shape == (steps + 1,)
+    assert grid[0] == 0 and grid[-1] == substeps
+    lengths = np.diff(grid)
+    assert 0 <= lengths.min() and lengths.max() - lengths.min() <= 1
+    index = np.asarray(_large_step(ts, steps))
+    assert index.min() >= 0 and index.max() < steps
+    starts = np.asarray(ts[:substeps])
+    index = index[:substeps]
+    assert np.all(grid[index] <= starts) and np.all(starts + 1 <= grid[index + 1])
+
+
+def test_nested_guess_of_a_chaotic_solution():
+    # The coarsest grid blows up, and the others tell nothing about the solution.
+    def lorenz(t, y, args):
+        x, y, z = y
+        return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+
+    solver = DeerSolver(tsit5, 4096, guess=NestedGuess(levels=3))
+    y0 = jnp.array([0.0, 1.0, 1.05])
+    sol = diffeqsolve(
+        *(ODETerm(lorenz), solver, 0, 20, 20, y0),
+        max_steps=1,
+        adjoint=DeerAdjoint(),
+    )
+    # From a constant guess it takes hundreds.
+    assert sol.stats["num_iterations"] <= 12

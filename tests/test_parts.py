@@ -76,6 +76,10 @@ def test_kernel_scan(length, size, reverse, is_diagonal):
 @pytest.mark.parametrize(
     "size, dtype", ((1, jnp.float32), (3, jnp.float64), (16, jnp.float32))
 )
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu" and jax.__version_info__ >= (0, 11),
+    reason="JAX has to know which GPU to lower for",
+)
 def test_kernel_scan_compiles_for_gpus(dtype, size, reverse, is_diagonal):
     # As far as that is possible without one: down to Triton.
     A = jnp.zeros((5000, size) if is_diagonal else (5000, size, size), dtype)
@@ -130,6 +134,25 @@ def test_scan_by_platform():
     assert "while" in hlo("cpu")
     assert "while" not in hlo("cuda")
     assert "while" not in hlo("tpu")
+
+
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu" and jax.__version_info__ >= (0, 11),
+    reason="JAX has to know which GPU to lower for",
+)
+def test_kernels_are_for_gpus(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def has_kernels(platform, size, dtype=jnp.float32):
+        A, b = jnp.zeros((16, size, size), dtype), jnp.zeros((16, size), dtype)
+        traced = jax.jit(lambda A, b: AutoScan()(A, b)).trace(A, b)
+        return "triton" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert has_kernels("cuda", 16)
+    assert not has_kernels("cuda", 17)
+    assert not has_kernels("cuda", 2, jnp.float16)
+    assert not has_kernels("cpu", 2)
+    assert not has_kernels("tpu", 2)
 
 
 def test_batches_by_platform():
