@@ -140,7 +140,8 @@ def hamiltonian(points: int, *, steps: int | None = None) -> Task:
     t1 = _two_body.T
     # In the middle of steps, as it must not depend on rounding which step one is in.
     ts = (jnp.arange(points) + 0.5) / points * t1
-    name = f"Hamiltonian network 6 x 64, {points:,} saves"
+    what = f"{points:,} saves" if steps is None else f"{steps:,} steps, all saved"
+    name = f"Hamiltonian network 6 x 64, {what}"
     term, y0 = dfx.ODETerm(vector_field), _two_body.initial_value()
     return Task(name, term, y0, params, t1, ts, steps)
 

@@ -19,7 +19,7 @@ def tables(file: Path) -> str:
     env, rows = content["env"], content["rows"]
     versions = ", ".join(f"{name} {value}" for name, value in env.items())
     lines = [f"Measured on: {versions}.", ""]
-    for name, reason in content["missing"].items():
+    for name, reason in content.get("missing", {}).items():
         lines += [f"{name} was left out: `{reason}`.", ""]
     chosen = [row for row in rows if row.get("chosen")]
     for task in dict.fromkeys(row["task"] for row in chosen):
@@ -32,7 +32,10 @@ def tables(file: Path) -> str:
         if len(failed) > 0:
             what = "at any of the accuracies that it was asked for"
             lines += [f"Not accurate enough {what}: {', '.join(failed)}.", ""]
-    scans = [row for row in rows if row["suite"] == "linear recurrence"]
+    recurrences = [row for row in rows if "iterations" in row]
+    if len(recurrences) > 0:
+        lines += [_recurrences(recurrences), ""]
+    scans = [row for row in rows if row.get("suite") == "linear recurrence"]
     if len(scans) > 0:
         lines += ["### The linear recurrence alone", "", _scans(scans), ""]
     return "\n".join(lines).strip()
@@ -53,6 +56,24 @@ def _compare(rows: list[dict[str, Any]]) -> str:
             line += [_ms(gradient), _ratio(gradient["ratio"]), _error(gradient)]
             line += [f"{gradient['compile_seconds']:.1f} s"]
             line.append(_ratio(gradient["compile_ratio"]))
+        cells.append(line)
+    return _markdown(header, cells)
+
+
+def _recurrences(rows: list[dict[str, Any]]) -> str:
+    """How many times as fast as `lax.scan`."""
+    header = ["elements", "size", "batch", "", "iterations", "time", "", "error"]
+    header += ["gradient", "", "error"]
+    key = lambda row: tuple(row[x] for x in ("length", "size", "batch", "name"))
+    cells = []
+    for case in sorted(dict.fromkeys(map(key, rows)), key=lambda x: x[:3]):
+        members = {row["what"]: row for row in rows if key(row) == case}
+        length, size, batch, name = case
+        iterations = members["value"]["iterations"]
+        line = [f"{length:,}", f"{size}", f"{batch}", name]
+        line.append("-" if iterations == 0 else f"{iterations}")
+        for row in (members["value"], members["gradient"]):
+            line += [_ms(row), _ratio(1 / row["time_ratio"]), _error(row)]
         cells.append(line)
     return _markdown(header, cells)
 

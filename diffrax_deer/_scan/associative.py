@@ -91,7 +91,8 @@ class AssociativeScan(AbstractScan):
 
     The affine maps $x \mapsto A_n x + b_n$ are composed pairwise, in $O(\log N)$
     rounds. This does $O(N d^3)$ work for $N$ substeps of a $d$-dimensional state, or
-    $O(N d)$ with diagonal matrices. It is the best choice on a GPU or TPU.
+    $O(N d)$ with diagonal matrices. It is the best choice on a TPU, and on a GPU for
+    matrices that are too large for [`diffrax_deer.KernelScan`][].
 
     ??? cite "References"
 
