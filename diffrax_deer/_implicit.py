@@ -46,7 +46,7 @@ def without_gradient(fn: Callable[[], _T], *, is_loop: bool = False) -> _T:
         return call(dynamic)
 
 
-def is_preconditioner(A: Matrices, window: AbstractWindow) -> bool:
+def is_preconditioner(A: Any, window: AbstractWindow) -> bool:
     """Whether derivatives should be found from products with Jacobians only, given this
     approximation to them."""
     # They are too large to be formed at all.

@@ -1,18 +1,18 @@
-import jax
 import jax.lax as lax
 from jaxtyping import Array, Float
 
 from .associative import AssociativeScan
 from .base import AbstractScan, Matrices
-from .kernel import can_be_kernels, KernelScan
+from .kernel import can_be_kernels, has_gpu, KernelScan
 from .sequential import SequentialScan
 
 
 class AutoScan(AbstractScan):
     """Picks a scan by the platform that the computation is lowered for:
     [`diffrax_deer.SequentialScan`][] on a CPU, [`diffrax_deer.KernelScan`][] on an
-    Nvidia GPU, [`diffrax_deer.AssociativeScan`][] everywhere else. (To export a
-    computation for a GPU, from where JAX has none, this picks the last one as well.)
+    Nvidia GPU (Ampere or later), [`diffrax_deer.AssociativeScan`][] everywhere else.
+    (To export a computation for a GPU, from where JAX has none, this picks the last one
+    as well.)
     """
 
     def __call__(
@@ -21,8 +21,7 @@ class AutoScan(AbstractScan):
         scans: dict[str, AbstractScan] = dict(
             cpu=SequentialScan(), default=AssociativeScan()
         )
-        # Without a GPU there is nothing to compile the kernels for.
-        if jax.default_backend() == "gpu" and can_be_kernels(A, b):
+        if has_gpu() and can_be_kernels(A, b):
             scans["cuda"] = KernelScan()
         call = lambda scan: lambda A, b: scan(A, b, reverse=reverse)
         branches = {platform: call(scan) for platform, scan in scans.items()}

@@ -44,6 +44,10 @@ class KernelScan(AbstractScan):
     This is for recurrences in single or double precision, of diagonal matrices or of
     matrices of at most 16 rows. Everything else is left to
     [`diffrax_deer.AssociativeScan`][], and so is damping ([`diffrax_deer.ELK`][]).
+
+    The kernels are written in Pallas, for its Triton backend. JAX warns that this is
+    deprecated, from version 0.11 on. Versions without it are left to
+    [`diffrax_deer.AssociativeScan`][], too.
     """
 
     interpret: bool = eqx.field(default=False, static=True)
@@ -73,6 +77,15 @@ def can_be_kernels(A: Matrices, b: Float[Array, "substeps size"]) -> bool:
     is_small = A.ndim == b.ndim or b.shape[1] <= _MAX_SIZE
     is_known = A.dtype == b.dtype and A.dtype in (jnp.float32, jnp.float64)
     return plt is not None and is_small and is_known
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU to compile the kernels for, and one that Triton knows."""
+    if jax.default_backend() != "gpu":
+        return False
+    # Of others than those of Nvidia, this is a name.
+    major, *_ = str(getattr(jax.devices()[0], "compute_capability", "")).split(".")
+    return major.isdigit() and int(major) >= 8
 
 
 @ft.partial(jax.jit, static_argnames=("reverse", "interpret"))
