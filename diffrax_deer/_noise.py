@@ -54,10 +54,10 @@ def noise_of_linear(
     return _if_any(wanted, measure, x)
 
 
-def nearby(size: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """How far away to look from, at a point of this size: not so far that more than
-    rounding errors can be seen, nor so near that these are all the same."""
-    return math.sqrt(jnp.finfo(size.dtype).eps) / 2 * size
+def nearby(size: Float[Array, "*shape"], eps: float) -> Float[Array, "*shape"]:
+    """How far away to look from, at a point of this size and precision: not so far that
+    more than rounding errors can be seen, nor so near that these are all the same."""
+    return 0.5 * math.sqrt(eps) * size
 
 
 def _typical(errors, x, fn_x):

@@ -80,7 +80,7 @@ class _Recurrence(AbstractWindow):
         # From as near as the residuals are large, as then it does not matter how much
         # a function is curved.
         most = lambda x: among_neighbours(jnp.max, jnp.abs(x))
-        distance = jnp.minimum(most(r), nearby(most(starts)))
+        distance = jnp.minimum(most(r), nearby(most(starts), self.eps))
         return noise(self.ends, starts, distance, wanted)
 
 

@@ -115,7 +115,7 @@ class Window(AbstractWindow):
         # errors made on the former only matter if these are made in a lower precision.
         if not is_noisy(self.eps):
             return jnp.zeros_like(r)
-        distance = nearby(jnp.abs(starts))
+        distance = nearby(jnp.abs(starts), self.eps)
         if self.step.vector_field is None:
             return noise(self.ends, starts, distance, wanted)
         vector_field = jax.vmap(self.step.vector_field)
