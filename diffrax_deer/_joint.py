@@ -62,6 +62,8 @@ class Iteration(eqx.Module):
     atol: RealScalarLike | None
     norm: Callable[[PyTree], RealScalarLike]
     max_iters: int
+    # After how many iterations to give up if values are not finite.
+    patience: int | None = None
 
     def run(self, guess: Float[Array, "substeps size"]) -> JointSolution:
         """If the result is not successful, then `ys` are the values that this ended
@@ -98,9 +100,12 @@ class Iteration(eqx.Module):
         )
 
     def goes_on(self, state: State) -> Bool[Array, ""]:
-        return jnp.invert(state.converged | state.stuck) & (
-            state.num_iterations < self.max_iters
-        )
+        n = state.num_iterations
+        goes_on = jnp.invert(state.converged | state.stuck) & (n < self.max_iters)
+        if self.patience is None:
+            return goes_on
+        else:
+            return goes_on & (state.finite | (n < self.patience))
 
     def step(self, state: State) -> State:
         window, ys = self.window, state.ys

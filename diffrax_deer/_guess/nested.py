@@ -5,7 +5,7 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
-from diffrax import AbstractSolver, AbstractTerm
+from diffrax import AbstractSolver, AbstractTerm, RESULTS
 from jaxtyping import Array, PyTree, Real
 
 from .._checks import check_instance, check_one_step_solver, check_positive_int
@@ -91,23 +91,19 @@ class NestedGuess(AbstractGuess):
             atol=None,
             norm=optx.max_norm,
             max_iters=min(max_iters, steps),
+            # If large steps blow up then there may be no solution to be found, and
+            # steps made one after the other find that out soon. Unless there are very
+            # many.
+            patience=steps // (4 * _STEPS_PER_ITER),
         )
-        # If large steps blow up then there may be no solution to be found, and steps
-        # made one after the other find that out soon. Unless there are very many.
-        patience = steps // (4 * _STEPS_PER_ITER)
-        not_lost = lambda state: state.finite | (state.num_iterations < patience)
-        state = lax.while_loop(
-            lambda state: iteration.goes_on(state) & not_lost(state),
-            lambda state: iteration.step(state),
-            iteration.init(window.finite(window.ravel_all(ys))),
-        )
-        ys = _unless_converged(window, state)
+        solution = iteration.run(window.finite(window.ravel_all(ys)))
+        ys = _unless_converged(window, solution)
         return from_coarse_grid(step, ts, window.y0, coarse_ts, ys)
 
 
-def _unless_converged(window, state):
+def _unless_converged(window, solution):
     """Makes the steps one after the other, as long as they do not blow up."""
-    steps = len(state.ys)
+    steps = len(solution.ys)
 
     def goes_on(carry):
         n, y, _ = carry
@@ -119,8 +115,9 @@ def _unless_converged(window, state):
         return n + 1, y, ys.at[n].set(y)
 
     # No `cond`, of which a batch would always make this branch as well.
-    first = jnp.where(state.converged, steps, 0).astype(jnp.int32)
-    _, _, ys = lax.while_loop(goes_on, body, (first, window.y0, state.ys))
+    okay = solution.result == RESULTS.successful
+    first = jnp.where(okay, steps, 0).astype(jnp.int32)
+    _, _, ys = lax.while_loop(goes_on, body, (first, window.y0, solution.ys))
     return ys
 
 
