@@ -1,4 +1,9 @@
 from ._adjoint import DeerAdjoint as DeerAdjoint
+from ._collocation import (
+    AbstractCollocation as AbstractCollocation,
+    GaussLegendre as GaussLegendre,
+    RadauIIA as RadauIIA,
+)
 from ._diagnose import diagnose as diagnose, Report as Report
 from ._guess import (
     AbstractGuess as AbstractGuess,

@@ -1,5 +1,4 @@
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -9,31 +8,30 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import (
     AbstractAdjoint,
-    AbstractLocalInterpolation,
+    AbstractSolver,
     AbstractStepSizeController,
+    AbstractTerm,
     ClipStepSizeController,
     RESULTS,
-    SaveAt,
     StepTo,
     SubSaveAt,
     UnsafeBrownianPath,
 )
-from jaxtyping import Array, Float, Int, Real
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Int, PyTree, Real
 
 from ._checks import check_one_step_solver, check_positive_int, check_state
 from ._event import call_event, event_time
-from ._implicit import implicit_trajectory, is_preconditioner, without_gradient
-from ._interpolation import uniform_grid
+from ._implicit import Chunks, implicit_solution, without_gradient
 from ._known_steps import advance, are_known, known_times, move_with
-from ._method import AbstractMethod, DEER
+from ._method import DEER
 from ._record import MergedWindows, record, Recording, StepWindows
 from ._save import save
-from ._scan import AbstractScan, AutoScan
+from ._scan import AutoScan
 from ._solver import DeerSolver
 from ._state import DeerState
-from ._step import OneStepMap
 from ._trajectory import Trajectory
-from ._window import Window
+from ._window import Discretisation, Iterate, uniform_grid
 
 
 # By default, keep trajectories of up to this many bytes, or if that is more, of up to
@@ -167,9 +165,7 @@ class DeerAdjoint(AbstractAdjoint):
         # These are caches and guesses, and not differentiable.
         del passed_solver_state, passed_controller_state
         _check(solver, terms, init_state.y)
-        one_step_solver = solver.solver if type(solver) is DeerSolver else solver
-        step = OneStepMap(one_step_solver, terms, init_state.y, args)
-        y0 = step.ravel(init_state.y)
+        y0, _ = ravel_pytree(init_state.y)
         layout = self._layout(solver, stepsize_controller, event, max_steps, y0)
         if are_known(stepsize_controller):
             known_ts = known_times(
@@ -220,7 +216,7 @@ class DeerAdjoint(AbstractAdjoint):
             dt0=dt0,
             progress_meter=progress_meter,
         )
-        recording = without_gradient(find, is_loop=True)
+        recording = without_gradient(find)
         if throw:
             recording = _error_if_full(recording, layout)
 
@@ -244,18 +240,8 @@ class DeerAdjoint(AbstractAdjoint):
         num_steps = jnp.where(had_event, event_step + 1, num_steps)
 
         trajectory = _trajectory(
-            step,
-            one_step_solver.interpolation_cls,
-            layout,
-            t0,
-            y0,
-            step_t0s,
-            step_t1s,
-            recording.ys.reshape(layout.max_substeps, y0.size),
-            num_steps,
-            solver.scan if type(solver) is DeerSolver else AutoScan(),
-            solver.method if type(solver) is DeerSolver else DEER(),
-            _keep_dense_infos(saveat, layout),
+            *(layout, recording, solver, terms, args),
+            *(t0, init_state.y, step_t0s, step_t1s, num_steps),
         )
         if event is None:
             tfinal, yfinal = trajectory.t1, trajectory.y1
@@ -310,6 +296,7 @@ class DeerAdjoint(AbstractAdjoint):
         stats = dict(
             num_iterations=recording.num_iterations,
             max_window_iterations=recording.max_window_iterations,
+            sequential_evaluations=recording.sequential_evaluations,
         )
         return final_state, stats
 
@@ -404,28 +391,17 @@ def _stepped_to(controller: AbstractStepSizeController) -> list[Array]:
         return []
 
 
-def _keep_dense_infos(saveat: SaveAt, layout: _Layout) -> bool:
-    # To interpolate, either keep what is needed from all substeps, or make only those
-    # again that are needed.
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
-    num_saves = sum(len(sub.ts) for sub in subs if sub.ts is not None)
-    num_substeps = layout.num_chunks * layout.chunk_size
-    return saveat.dense or 2 * num_saves >= num_substeps
-
-
 def _trajectory(
-    step: OneStepMap,
-    interpolation_cls: Callable[..., AbstractLocalInterpolation],
     layout: _Layout,
+    recording: Recording,
+    solver: AbstractSolver,
+    terms: PyTree[AbstractTerm],
+    args: PyTree[Any],
     t0: Real[Array, ""],
-    y0: Float[Array, " size"],
+    y0: PyTree[Array],
     step_t0s: Real[Array, " steps"],
     step_t1s: Real[Array, " steps"],
-    ys: Float[Array, "substeps size"],
     num_steps: Int[Array, ""],
-    scan: AbstractScan,
-    method: AbstractMethod,
-    keep_dense_infos: bool,
 ) -> Trajectory:
     # What is not used has length zero, and is finite.
     last = jnp.maximum(num_steps, 1) - 1
@@ -438,52 +414,35 @@ def _trajectory(
     )
     t0s, t1s = ts[:, :-1].reshape(-1), ts[:, 1:].reshape(-1)
     num_substeps = num_steps * layout.substeps_per_step
+    join = lambda x: x.reshape(layout.max_substeps, *x.shape[2:])
+    ys, ks = join(recording.ys), join(recording.ks)
+    flat_y0, _ = ravel_pytree(y0)
     last = jnp.maximum(num_substeps, 1) - 1
-    y1 = jnp.where(num_substeps == 0, y0, ys[last])
+    y1 = lax.stop_gradient(jnp.where(num_substeps == 0, flat_y0, ys[last]))
     is_used = jnp.arange(len(ys), dtype=jnp.int32) < num_substeps
-    ys = jnp.where(is_used[:, None], ys, lax.stop_gradient(y1))
+    ys = jnp.where(is_used[:, None], ys, y1[None])
+    ks = jnp.where(is_used[:, None, None, None], ks, 0)
 
-    def pad(x):
-        size = layout.num_chunks * layout.chunk_size
-        return jnp.concatenate([x, jnp.repeat(x[-1:], size - len(x), axis=0)])
+    def pad(x, value):
+        size = layout.num_chunks * layout.chunk_size - len(x)
+        return jnp.concatenate([x, jnp.broadcast_to(value, (size, *x.shape[1:]))])
 
-    t0s, t1s, ys = pad(t0s), pad(t1s), pad(ys)
     # The last one may be in use.
-    t0s = t0s.at[len(ts) * layout.substeps_per_step :].set(t1)
-    if keep_dense_infos:
-        starts = jnp.concatenate([y0[None], ys[:-1]])
-        dense_infos = without_gradient(lambda: step.substeps(t0s, t1s, starts))
-        dense_infos = dense_infos.dense_info
-    else:
-        dense_infos = None
-
-    window = Window(step=step, ts=jnp.append(t0s, t1s[-1]), y0=y0)
-    linearise = lambda: method.linearise(window, ys)
-    A = jax.eval_shape(linearise)
-    # Of many chunks, matrices would take too much memory all at once.
-    is_small = A.ndim == ys.ndim or layout.num_chunks == 1
-    if is_preconditioner(A, window) and is_small:
-        preconditioner = without_gradient(linearise)
-    else:
-        preconditioner = None
-
-    def one_step(times, y0):
-        t0, t1 = times
-        substep = step.substep(t0, t1, step.unravel(y0))
-        dense_info = substep.dense_info if keep_dense_infos else None
-        return step.ravel(substep.y1), dense_info
-
-    one_step = eqx.filter_closure_convert(one_step, (t0s[0], t1s[0]), y0)
-    ys, dense_infos = implicit_trajectory(
-        *(ys, dense_infos, one_step, (t0s, t1s), y0),
-        scan=scan,
-        preconditioner=preconditioner,
-        chunk_size=layout.chunk_size,
-        num_chunks=-(-num_substeps // layout.chunk_size),
+    t0s, t1s = pad(t0s, t1), pad(t1s, t1)
+    at = Iterate(pad(ys, y1[None]), pad(ks, jnp.zeros_like(ks[:1])))
+    is_deer = type(solver) is DeerSolver
+    one_step_solver = solver.solver if is_deer else solver
+    problem = Discretisation(one_step_solver, terms, args, t0s, t1s, y0)
+    at = implicit_solution(
+        at,
+        problem.window,
+        method=solver.method if is_deer else DEER(),
+        scan=solver.scan if is_deer else AutoScan(),
+        chunks=Chunks(
+            layout.num_chunks, layout.chunk_size, -(-num_substeps // layout.chunk_size)
+        ),
     )
-    return Trajectory(
-        *(step, interpolation_cls, t0s, t1s, y0, ys, dense_infos, num_substeps)
-    )
+    return Trajectory(problem, at, num_substeps)
 
 
 def _at_event(event, call, mask, trajectory, substep):
@@ -506,7 +465,9 @@ def _as_if_not_merged(final_state, init_state, controller, windows, num_steps):
         t0=windows.ts[last],
         t1=windows.ts[last + 1],
         ys=jtu.tree_map(last_step, window_state.ys),
+        stages=last_step(window_state.stages),
         num_iterations=window_state.num_iterations,
+        sequential_evaluations=window_state.sequential_evaluations,
     )
     solver_state = jtu.tree_map(
         lambda x, y: lax.stop_gradient(jnp.where(num_steps == 0, x, y)),
@@ -525,12 +486,14 @@ def _as_if_not_merged(final_state, init_state, controller, windows, num_steps):
 
 def _dense(final_state, trajectory, is_deer, layout, num_steps):
     substeps = layout.substeps_per_step
-    starts = trajectory.t0s[::substeps]
+    used = layout.max_substeps
+    starts = trajectory.problem.t0s[:used:substeps]
     ts = jnp.append(starts, trajectory.t1)
     index = jnp.arange(len(ts), dtype=jnp.int32)
     ts = jnp.where(index == num_steps, trajectory.t1, ts)
     ts = jnp.where(index <= num_steps, ts, jnp.inf)
-    infos = trajectory.dense_infos
+    infos = trajectory.problem.outputs(trajectory.at).dense_info
+    infos = jtu.tree_map(lambda x: x[:used], infos)
     if is_deer:
         shape = (len(starts), substeps)
         infos = jtu.tree_map(lambda x: x.reshape(*shape, *x.shape[1:]), infos)

@@ -20,17 +20,17 @@ from diffrax import (
     SaveAt,
 )
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from ._checks import check_instance
 from ._custom_types import RealScalarLike
 from ._guess import ConstantGuess
-from ._interpolation import uniform_grid
-from ._joint import Iteration, State
-from ._method import AbstractDampedMethod
+from ._iterate import Iteration, State
+from ._linear_algebra import matvec
+from ._method import AbstractDampedMethod, DEER
 from ._solver import DeerSolver
 from ._state import DeerState
-from ._window import Window
+from ._window import AbstractWindow, Discretisation, Iterate, uniform_grid
 
 
 # No more iterations of each window than these are kept.
@@ -206,7 +206,7 @@ def diagnose(
     inputs = jtu.tree_leaves((terms, solver, t0, t1, dt0, y0, args))
     if any(isinstance(x, jax.core.Tracer) for x in inputs):
         raise TypeError("`diagnose` cannot be used inside of `jax.jit`.")
-    max_iters = solver.substeps if solver.max_iters is None else solver.max_iters
+    max_iters = _MAX_HISTORY if solver.max_iters is None else solver.max_iters
     observed = _Observed(solver, min(max_iters, _MAX_HISTORY) + 1)
 
     @eqx.filter_jit
@@ -300,10 +300,13 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
             terms, t0, t1, y0, args, deer_state, made_jump
         )
         ts = uniform_grid(t0, t1, self.solver.substeps)
-        window, iteration, guess = self.solver.prepare(terms, ts, y0, args, deer_state)
-        state, residuals, fronts = _observe(iteration, guess(), self.history)
-        ys = window.ravel_all(new_deer_state.ys)
-        growth, direction = _growth(window, ys, direction)
+        problem = Discretisation(self.solver.solver, terms, args, ts[:-1], ts[1:], y0)
+        iteration = self.solver.iteration(problem)
+        guess, _ = self.solver.first_guess(problem, deer_state)
+        state, residuals, fronts = _observe(iteration, guess, self.history)
+        ys = problem.ravel_all(new_deer_state.ys)
+        at = Iterate(ys, new_deer_state.stages)
+        growth, direction = _growth(problem.window, at, direction)
         # As floating point numbers, for Diffrax fills what it does not use with `inf`.
         info = dict(
             okay=(result == RESULTS.successful).astype(ys.dtype),
@@ -319,13 +322,14 @@ def _no_interpolation(**kwargs):
     return None
 
 
-def _observe(iteration: Iteration, guess: Float[Array, "substeps size"], history: int):
+def _observe(iteration: Iteration, guess: Iterate, history: int):
     """The iteration once more, keeping its residuals and fronts."""
     window = iteration.window
 
     def look(state: State, residuals, fronts):
-        ys = state.ys
-        r = jnp.abs(window.ends(window.starts(ys)) - ys)
+        ys = state.at.ys
+        r = jtu.tree_map(jnp.subtract, window.all_targets(state.at), state.at)
+        r = jnp.abs(window.net(r))
         r = jnp.where(jnp.isfinite(r), r, jnp.inf)
         scale = jnp.max(jnp.abs(ys), axis=0)
         residual = jnp.max(r / jnp.where(scale > 0, scale, 1), initial=0)
@@ -338,7 +342,7 @@ def _observe(iteration: Iteration, guess: Float[Array, "substeps size"], history
         state, *kept = carry
         return iteration.step(state), *look(state, *kept)
 
-    empty = jnp.zeros(history, guess.dtype), jnp.zeros(history, guess.dtype)
+    empty = jnp.zeros(history, guess.ys.dtype), jnp.zeros(history, guess.ys.dtype)
     state, *kept = lax.while_loop(
         lambda carry: iteration.goes_on(carry[0]),
         body,
@@ -347,23 +351,22 @@ def _observe(iteration: Iteration, guess: Float[Array, "substeps size"], history
     return state, *look(state, *kept)
 
 
-def _growth(window: Window, ys: Float[Array, "substeps size"], direction: Array):
+def _growth(window: AbstractWindow, at: Iterate, direction: Array):
     """By how much a small perturbation grows over the window, as a logarithm, and where
     it points to at its end."""
-    tiny = jnp.finfo(ys.dtype).tiny
+    tiny = jnp.finfo(direction.dtype).tiny
+    _, jacobians = DEER().linearise(window, window.points(at))
 
-    def body(direction, inputs):
-        x, start = inputs
-        step = lambda y: window.substep(x, y)
-        _, moved = jax.jvp(step, (start,), (direction,))
+    def body(direction, A):
+        moved = matvec(A, direction)
         norm = jnp.maximum(jnp.linalg.norm(moved), tiny)
         # What has vanished cannot be followed any further.
         okay = jnp.isfinite(norm) & (norm > tiny)
         return jnp.where(okay, moved / norm, direction), jnp.log(norm)
 
     direction = direction / jnp.maximum(jnp.linalg.norm(direction), tiny)
-    inputs = (window.inputs, window.starts(ys))
-    direction, growth = lax.scan(body, direction, inputs)
+    A = window.eliminate(jacobians()).A
+    direction, growth = lax.scan(body, direction, A)
     return jnp.sum(growth), direction
 
 

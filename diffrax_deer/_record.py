@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -17,13 +18,14 @@ from diffrax import (
     RESULTS,
     SaveAt,
 )
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 
 from ._custom_types import RealScalarLike
 from ._event import first_crossing
-from ._interpolation import uniform_grid
 from ._solver import DeerSolver
-from ._step import OneStepMap
+from ._state import DeerState
+from ._window import Discretisation, Substep, tableau_of, uniform_grid
 
 
 class Recording(eqx.Module):
@@ -32,18 +34,21 @@ class Recording(eqx.Module):
     **Attributes:**
 
     - `t0s`, `t1s`: the times at which each window begins and ends.
-    - `ys`: the values at the ends of all of their substeps.
+    - `ys`, `ks`: the values at the ends of all of their substeps, and the stages of
+        these.
     - `final_state`: what Diffrax's loop ended with.
     """
 
     t0s: Real[Array, " windows"]
     t1s: Real[Array, " windows"]
     ys: Float[Array, "windows substeps size"]
+    ks: Float[Array, "windows substeps parts stages size"]
     num_windows: Int[Array, ""]
     # More windows would have been needed than there is memory for.
     full: Bool[Array, ""]
     num_iterations: Int[Array, ""]
     max_window_iterations: Int[Array, ""]
+    sequential_evaluations: Int[Array, ""]
     # The substep of the last window in which an event occurred, and which event.
     event_substep: Int[Array, ""]
     event_mask: PyTree[Bool[Array, ""]]
@@ -59,9 +64,11 @@ class _Made(eqx.Module):
     y_error: PyTree[Array] | None
     ts: Real[Array, " substeps_plus_1"]
     ys: PyTree[Array]
+    ks: Float[Array, "substeps parts stages size"]
     solver_state: PyTree[Any]
     result: RESULTS
     num_iterations: Int[Array, ""] | int
+    sequential_evaluations: Int[Array, ""] | int
 
 
 class StepWindows(eqx.Module):
@@ -73,16 +80,27 @@ class StepWindows(eqx.Module):
     def size(self) -> int:
         return self.solver.substeps if type(self.solver) is DeerSolver else 1
 
+    @property
+    def one_step_solver(self) -> AbstractSolver:
+        return self.solver.solver if type(self.solver) is DeerSolver else self.solver
+
     def make(self, terms, t0, t1, y0, args, solver_state, made_jump) -> _Made:
-        y1, y_error, _, state, result = self.solver.step(
+        y1, y_error, dense_info, state, result = self.solver.step(
             terms, t0, t1, y0, args, solver_state, made_jump
         )
-        if type(self.solver) is DeerSolver:
-            ys, num_iterations = state.ys, state.num_iterations
-        else:
-            ys, num_iterations = jtu.tree_map(lambda y: y[None], y1), 0
         ts = uniform_grid(t0, t1, self.size)
-        return _Made(y1, y_error, ts, ys, state, result, num_iterations)
+        if type(self.solver) is DeerSolver:
+            return _made(y1, y_error, ts, state, state, result)
+        step = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0)
+        substep = Substep(y1, y_error, dense_info, result)
+        return _Made(
+            *(y1, y_error, ts, jtu.tree_map(lambda y: y[None], y1)),
+            ks=step.stages(t0, t1, y0, substep)[None],
+            solver_state=state,
+            result=result,
+            num_iterations=0,
+            sequential_evaluations=step.sequential_span,
+        )
 
 
 class MergedWindows(eqx.Module):
@@ -96,6 +114,10 @@ class MergedWindows(eqx.Module):
     def size(self) -> int:
         return self.steps * self.solver.substeps
 
+    @property
+    def one_step_solver(self) -> AbstractSolver:
+        return self.solver.solver
+
     def make(self, terms, t0, t1, y0, args, solver_state, made_jump) -> _Made:
         del made_jump
         index, _ = solver_state
@@ -107,10 +129,15 @@ class MergedWindows(eqx.Module):
         y1, y_error, _, state, result = self.solver.solve_window(
             terms, ts, y0, args, None
         )
-        return _Made(
-            *(y1, y_error, ts, state.ys, (index + 1, state), result),
-            num_iterations=state.num_iterations,
-        )
+        return _made(y1, y_error, ts, state, (index + 1, state), result)
+
+
+def _made(y1, y_error, ts, state: DeerState, solver_state, result) -> _Made:
+    return _Made(
+        *(y1, y_error, ts, state.ys, state.stages, solver_state, result),
+        num_iterations=state.num_iterations,
+        sequential_evaluations=state.sequential_evaluations,
+    )
 
 
 class _MergedController(eqx.Module):
@@ -142,6 +169,7 @@ class _ControllerState(eqx.Module):
     full: Bool[Array, ""]
     num_iterations: Real[Array, ""]
     max_window_iterations: Real[Array, ""]
+    sequential_evaluations: Real[Array, ""]
 
 
 class _RecordingSolver(eqx.Module):
@@ -158,7 +186,6 @@ class _RecordingSolver(eqx.Module):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         made = self.windows.make(terms, t0, t1, y0, args, solver_state.state, made_jump)
-        one_step = OneStepMap(self.windows.solver, terms, y0, args)
         occurred = jnp.array(False)
         substep, mask = solver_state.event_substep, solver_state.event_mask
         if self.event is not None:
@@ -168,12 +195,17 @@ class _RecordingSolver(eqx.Module):
             )
         dtype = jnp.result_type(t0)
         okay = (made.result == RESULTS.successful).astype(dtype)
-        message = (occurred.astype(dtype), jnp.asarray(made.num_iterations, dtype))
-        ys = eqx.filter_vmap(one_step.ravel, axis_size=self.windows.size)(made.ys)
+        message = (
+            occurred.astype(dtype),
+            jnp.asarray(made.num_iterations, dtype),
+            jnp.asarray(made.sequential_evaluations, dtype),
+        )
+        ravel = lambda y: ravel_pytree(y)[0]
+        ys = jax.vmap(ravel, axis_size=self.windows.size)(made.ys)
         return (
             made.y1,
             (made.y_error, message),
-            dict(times=jnp.stack([t0, t1, okay]), ys=ys),
+            dict(times=jnp.stack([t0, t1, okay]), ys=ys, ks=made.ks),
             _SolverState(made.solver_state, substep, mask),
             made.result,
         )
@@ -186,7 +218,7 @@ class _RecordingController(eqx.Module):
     max_windows: int | None
 
     def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, state):
-        y_error, (event_occurred, num_iterations) = y_error
+        y_error, (event_occurred, num_iterations, span) = y_error
         keep, tprev, tnext, made_jump, inner, result = self.controller.adapt_step_size(
             t0, t1, y0, y1, args, y_error, error_order, state.state
         )
@@ -206,6 +238,7 @@ class _RecordingController(eqx.Module):
             full,
             state.num_iterations + num_iterations,
             jnp.maximum(state.max_window_iterations, num_iterations),
+            state.sequential_evaluations + span,
         )
         return keep, tprev, tnext, made_jump, state, result
 
@@ -230,11 +263,11 @@ def record(
     controller_state = init_state.controller_state
     tnext = init_state.tnext
     if merged:
-        zeros = jtu.tree_map(
-            lambda y: jnp.zeros((windows.size, *y.shape), y.dtype), init_state.y
-        )
-        window_state = eqx.tree_at(lambda s: s.ys, solver_state, zeros)
-        solver_state = (0, window_state)
+        # The trajectory is not used: there is no window twice.
+        longer = lambda x: jnp.zeros((windows.size, *x.shape[1:]), x.dtype)
+        longer = jtu.tree_map(longer, (solver_state.ys, solver_state.stages))
+        solver_state = eqx.tree_at(lambda s: (s.ys, s.stages), solver_state, longer)
+        solver_state = (0, solver_state)
         controller_state = 1
         controller = _MergedController(windows.ts, windows.steps)  # pyright: ignore
         tnext = windows.ts[windows.steps]
@@ -242,8 +275,9 @@ def record(
             max_steps = -(-max_steps // windows.steps)
     zero = jnp.array(0, jnp.int32)
     may_be_full = max_steps is None or max_windows < max_steps
-    one_step = OneStepMap(windows.solver, kwargs["terms"], init_state.y, kwargs["args"])
-    y0 = one_step.ravel(init_state.y)
+    y0, _ = ravel_pytree(init_state.y)
+    tableau = tableau_of(windows.one_step_solver)
+    stages = (0, 0) if tableau is None else (tableau.parts, tableau.stages)
     time_dtype = jnp.result_type(t0)
 
     init_state = dataclasses.replace(
@@ -254,14 +288,14 @@ def record(
             controller_state,
             zero,
             jnp.array(False),
-            jnp.zeros((), time_dtype),
-            jnp.zeros((), time_dtype),
+            *(jnp.zeros((), time_dtype) for _ in range(3)),
         ),
         save_state=None,
         dense_ts=jnp.full(max_windows + 1, jnp.inf, time_dtype),
         dense_infos=dict(
             times=jnp.zeros((max_windows, 3), time_dtype),
             ys=jnp.zeros((max_windows, windows.size, y0.size), y0.dtype),
+            ks=jnp.zeros((max_windows, windows.size, *stages, y0.size), y0.dtype),
         ),
         dense_save_index=0,
         event_tprev=None,
@@ -296,11 +330,15 @@ def record(
         t0s=t0s,
         t1s=t1s,
         ys=infos["ys"],
+        ks=infos["ks"],
         # A window that failed ends the solve, even if it has been accepted.
         num_windows=jnp.sum(okay == 1, dtype=jnp.int32),
         full=controller_state.full,
         num_iterations=controller_state.num_iterations.astype(jnp.int32),
         max_window_iterations=controller_state.max_window_iterations.astype(jnp.int32),
+        sequential_evaluations=controller_state.sequential_evaluations.astype(
+            jnp.int32
+        ),
         event_substep=solver_state.event_substep,
         event_mask=solver_state.event_mask,
         solver_state=solver_state.state[1] if merged else solver_state.state,

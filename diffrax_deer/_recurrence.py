@@ -20,12 +20,18 @@ from ._checks import (
     check_trajectory,
 )
 from ._custom_types import RealScalarLike
-from ._joint import Iteration, joint_solve
+from ._implicit import joint_solve
+from ._iterate import Iteration
 from ._method import AbstractMethod, DEER
-from ._noise import among_neighbours, nearby, noise
 from ._scan import AbstractScan, AutoScan
-from ._step import precision
-from ._window import AbstractWindow
+from ._window import (
+    AbstractMapWindow,
+    among_neighbours,
+    Iterate,
+    nearby,
+    noise,
+    precision,
+)
 
 
 _Carry = TypeVar("_Carry")
@@ -52,36 +58,31 @@ class ScanSolution(eqx.Module):
     result: RESULTS
 
 
-class _Recurrence(AbstractWindow):
+class _Recurrence(AbstractMapWindow):
     """Substeps that are the elements of a scan."""
 
     fn: Callable
     xs: PyTree[Shaped[Array, "substeps ..."]]
     y0: Float[Array, " size"]
-    precision: float
+    eps: float
 
-    @property
-    def eps(self) -> float:
-        return self.precision
-
-    @property
-    def inputs(self) -> PyTree[Shaped[Array, "substeps ..."]]:
-        return self.xs
-
-    def substep(self, x: PyTree[Array], y: Float[Array, " size"]) -> Array:
-        return self.fn(x, y)
+    def value(
+        self, x: PyTree[Array], points: Float[Array, "1 size"]
+    ) -> Float[Array, "1 1 size"]:
+        return self.fn(x, points[0])[None, None]
 
     def noise(
         self,
-        starts: Float[Array, "substeps size"],
-        r: Float[Array, "substeps size"],
+        points: Float[Array, "substeps 1 size"],
+        r: Iterate,
         wanted: Bool[Array, ""],
-    ) -> Float[Array, "substeps size"]:
+    ) -> Float[Array, "substeps 1 1 size"]:
         # From as near as the residuals are large, as then it does not matter how much
         # a function is curved.
         most = lambda x: among_neighbours(jnp.max, jnp.abs(x))
-        distance = jnp.minimum(most(r), nearby(most(starts), self.eps))
-        return noise(self.ends, starts, distance, wanted)
+        distance = nearby(most(points), self.eps)
+        distance = jnp.minimum(most(r.ys)[:, None], distance)
+        return noise(self.values, points, distance, wanted)
 
 
 def deer_scan(
@@ -228,11 +229,13 @@ def deer_scan_solution(
         carry, _ = f(eqx.combine(unravel(y), other), x)
         return _ravel_floats(carry)
 
+    xs_of_substeps = (other_starts, xs)
+    first = jtu.tree_map(lambda x: x[0], xs_of_substeps)
     window = _Recurrence(
-        fn=substep,
-        xs=(other_starts, xs),
+        fn=eqx.filter_closure_convert(substep, first, y0),
+        xs=xs_of_substeps,
         y0=y0,
-        precision=precision(floats),
+        eps=precision(floats),
     )
     iteration = Iteration(
         window=window,
@@ -241,18 +244,19 @@ def deer_scan_solution(
         rtol=rtol,
         atol=atol,
         norm=optx.max_norm,
-        max_iters=length if max_iters is None else max_iters,
+        max_iters=max_iters,
     )
     ravel_all = jax.vmap(_ravel_floats, axis_size=length)
-    solution = joint_solve(iteration, lambda: window.finite(ravel_all(guess)))
+    first_guess = lambda: window.finite(window.interpolated(ravel_all(guess)))
+    solution = joint_solve(iteration, lambda: (first_guess(), 0))
 
     def output(start, other, x):
         _, y = f(eqx.combine(unravel(start), other), x)
         return y
 
-    starts = window.starts(solution.ys)
+    starts = window.starts(solution.at.ys)
     ys = jax.vmap(output, axis_size=length)(starts, other_starts, xs)
-    carries = eqx.combine(jax.vmap(unravel)(solution.ys), other_ends)
+    carries = eqx.combine(jax.vmap(unravel)(solution.at.ys), other_ends)
     carry = jtu.tree_map(lambda x: x[-1], carries)
     if reverse:
         ys, carries = _flip(ys), _flip(carries)

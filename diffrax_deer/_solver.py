@@ -11,10 +11,11 @@ from diffrax import (
     AbstractSolver,
     AbstractTerm,
     AbstractWrappedSolver,
+    Dopri8,
     RESULTS,
-    Tsit5,
 )
-from jaxtyping import Array, Float, PyTree, Real
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PyTree, Real
 
 from ._checks import (
     check_instance,
@@ -22,17 +23,23 @@ from ._checks import (
     check_positive_int,
     check_state,
     check_tolerance,
-    check_trajectory,
 )
+from ._collocation import AbstractCollocation
 from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from ._error import error_by_halving, propagated_error
 from ._guess import AbstractGuess, AutoGuess
-from ._interpolation import uniform_grid, WindowInterpolationFactory
-from ._joint import Iteration, joint_solve
+from ._implicit import joint_solve
+from ._iterate import Iteration, JointSolution
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
 from ._state import DeerState
-from ._step import OneStepMap
-from ._window import Window
+from ._window import (
+    Discretisation,
+    Iterate,
+    tableau_of,
+    uniform_grid,
+    WindowInterpolationFactory,
+)
 
 
 class DeerSolver(AbstractWrappedSolver[DeerState]):
@@ -86,7 +93,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         ```
     """
 
-    solver: AbstractSolver = Tsit5()
+    solver: AbstractSolver = Dopri8()
     substeps: int = eqx.field(default=64, static=True)
     _: KW_ONLY
     method: AbstractMethod = DEER()
@@ -154,6 +161,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         return self.solver.strong_order(terms)
 
     def error_order(self, terms: PyTree[AbstractTerm]) -> RealScalarLike | None:
+        if self._estimates_by_halving:
+            order = self.solver.order(terms)
+            return None if order is None else order + 1
         return self.solver.error_order(terms)
 
     def func(
@@ -171,10 +181,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     ) -> DeerState:
         del terms, t1, args
         # Equal to the times of no window.
-        never = jnp.full_like(t0, jnp.nan)
-        return DeerState(
-            never, never, self._zero_trajectory(y0), jnp.array(0, jnp.int32)
-        )
+        never, zero = jnp.full_like(t0, jnp.nan), jnp.array(0, jnp.int32)
+        ys, stages = self._zero_trajectory(y0)
+        return DeerState(never, never, ys, stages, zero, zero)
 
     def step(
         self,
@@ -201,104 +210,116 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         solver_state: DeerState | None,
     ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
         """As `step`, but on any grid, which also may have any number of substeps."""
-        window, iteration, guess = self.prepare(terms, ts, y0, args, solver_state)
-        step = window.step
-        solution = joint_solve(iteration, guess)
-        ys = solution.ys
-        starts = window.starts(ys)
-        substeps = window.substeps(starts)
+        problem = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0)
+        solution = joint_solve(
+            self.iteration(problem), lambda: self.first_guess(problem, solver_state)
+        )
+        at, unravel = solution.at, problem.unravel
+        outputs = problem.outputs(at)
 
-        # An implicit solver may also have failed on one of the substeps.
-        failed = substeps.result != RESULTS.successful
-        result = jtu.tree_map(lambda x: x[jnp.argmax(failed)], substeps.result)
+        # A solver may also have failed on one of the substeps.
+        failed = jnp.atleast_1d(outputs.result != RESULTS.successful)
+        result = jtu.tree_map(
+            lambda x: jnp.atleast_1d(x)[jnp.argmax(failed)], outputs.result
+        )
         joint_okay = solution.result == RESULTS.successful
         result = RESULTS.where(joint_okay, result, solution.result)
         okay = result == RESULTS.successful
 
         # Step size controllers divide the error by the solution, which so has to be
         # finite also when the error is not.
-        y1 = step.unravel(jnp.where(okay, ys[-1], window.y0))
-        if substeps.y_error is None:
-            y_error = None
-        else:
-            errors = window.ravel_all(substeps.y_error)
-            y_error = self._window_error(errors, starts, ys, solution.A)
-            y_error = lax.stop_gradient(y_error)
-            y_error = step.unravel(jnp.where(okay, y_error, jnp.inf))
-        dense_info = dict(dense_infos=substeps.dense_info)
+        y1 = unravel(jnp.where(okay, at.ys[-1], problem.window.y0))
+        y_error = self._error(problem, solution, outputs.y_error)
+        if y_error is not None:
+            y_error = jnp.where(okay, lax.stop_gradient(y_error), jnp.inf)
+            y_error = unravel(y_error)
         new_solver_state = DeerState(
             t0=ts[0],
             t1=ts[-1],
-            ys=lax.stop_gradient(window.unravel_all(ys)),
+            ys=lax.stop_gradient(problem.unravel_all(at.ys)),
+            stages=lax.stop_gradient(at.ks),
             num_iterations=solution.num_iterations,
+            sequential_evaluations=solution.span,
         )
+        dense_info = dict(dense_infos=outputs.dense_info)
         return y1, y_error, dense_info, new_solver_state, result
 
-    def prepare(
-        self,
-        terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps_plus_1"],
-        y0: Y,
-        args: Args,
-        solver_state: DeerState | None,
-    ) -> tuple[Window, Iteration, Callable[[], Float[Array, "substeps size"]]]:
-        """A window, the iteration that solves it, and what that begins with."""
-        step = OneStepMap(self.solver, terms, y0, args)
-        window = Window(step=step, ts=ts, y0=step.ravel(y0))
-
-        def cold():
-            ys = self.guess(self.solver, terms, ts, y0, args, solver_state)
-            substeps = ts.shape[0] - 1
-            message = (
-                "`DeerSolver(guess=...)` must return a PyTree like `y0`, with an "
-                f"additional leading axis for the {substeps} substeps of the window on "
-                f"every leaf, but `{type(self.guess).__name__}` does not."
-            )
-            check_trajectory(ys, y0, substeps, message)
-            return ys
-
-        def guess():
-            if solver_state is None:
-                ys = cold()
-            else:
-                warm_ys = solver_state.ys
-                same_window = (solver_state.t0 == ts[0]) & (solver_state.t1 == ts[-1])
-                ys = lax.cond(same_window, lambda: warm_ys, cold)
-            return window.finite(window.ravel_all(ys))
-
-        iteration = Iteration(
-            window=window,
+    def iteration(self, problem: Discretisation) -> Iteration:
+        """What solves a window."""
+        return Iteration(
+            window=problem.window,
             method=self.method,
             scan=self.scan,
             rtol=self.rtol,
             atol=self.atol,
             norm=self.norm,
-            max_iters=ts.shape[0] - 1 if self.max_iters is None else self.max_iters,
+            max_iters=self.max_iters,
         )
-        return window, iteration, guess
 
-    def _window_error(self, errors, starts, ys, A):
-        # What the errors made on each substep have become at the end of the window.
-        at_end = jnp.abs(self.scan(A, errors)[-1])
-        # That alone would miss it if an explicit solver is unstable on one part of the
-        # window, and the difference to the true solution is then damped on another. So
-        # also ask of each substep what the controller would ask of a single step. It
-        # compares with the values at the ends of the window, hence the rescaling where
-        # the solution is larger in between.
-        size_at_ends = jnp.maximum(jnp.abs(starts[:1]), jnp.abs(ys[-1:]))
-        size = jnp.maximum(jnp.abs(starts), jnp.abs(ys))
-        rescale = jnp.where(size > size_at_ends, size_at_ends / size, 1)
-        return jnp.maximum(at_end, jnp.max(jnp.abs(errors) * rescale, axis=0))
+    def first_guess(
+        self, problem: Discretisation, solver_state: DeerState | None
+    ) -> tuple[Iterate, Int[Array, ""]]:
+        """What that begins with, and how many evaluations followed one another."""
+
+        def cold():
+            guess, span = self.guess(problem, solver_state)
+            self._check_guess(guess, problem)
+            return guess, jnp.asarray(span, jnp.int32)
+
+        if solver_state is None:
+            guess, span = cold()
+        else:
+            ts = problem.ts
+            same_window = (solver_state.t0 == ts[0]) & (solver_state.t1 == ts[-1])
+            ys = lambda: problem.ravel_all(solver_state.ys)
+            warm = lambda: (Iterate(ys(), solver_state.stages), jnp.array(0, jnp.int32))
+            guess, span = lax.cond(same_window, warm, cold)
+        return problem.window.finite(guess), span
+
+    def _error(
+        self,
+        problem: Discretisation,
+        solution: JointSolution,
+        y_errors: PyTree[Array] | None,
+    ) -> Float[Array, " size"] | None:
+        iteration = self.iteration(problem)
+        if self._estimates_by_halving:
+            return error_by_halving(problem, iteration, solution.at)
+        elif y_errors is None:
+            return None
+        else:
+            return propagated_error(iteration, solution, problem.ravel_all(y_errors))
+
+    @property
+    def _estimates_by_halving(self):
+        return isinstance(self.solver, AbstractCollocation) and self.substeps % 2 == 0
+
+    def _check_guess(self, guess, problem):
+        window = problem.window
+        shape = (problem.substeps, window.y0.size)
+        expected = window.interpolated(jnp.zeros(shape, window.y0.dtype))
+        form = lambda x: jtu.tree_map(lambda x: (jnp.shape(x), jnp.result_type(x)), x)
+        if not isinstance(guess, Iterate) or form(guess) != form(expected):
+            raise ValueError(
+                "`DeerSolver(guess=...)` must return what `window.interpolated` does "
+                f"for values of shape {shape}, but `{type(self.guess).__name__}` does "
+                f"not. Expected\n{expected}\nbut got\n{guess}"
+            )
 
     def _zero_trajectory(self, y0):
-        return jtu.tree_map(
-            lambda y: jnp.zeros((self.substeps, *jnp.shape(y)), jnp.result_type(y)), y0
-        )
+        def zeros(y):
+            return jnp.zeros((self.substeps, *jnp.shape(y)), jnp.result_type(y))
+
+        flat, _ = ravel_pytree(y0)
+        tableau = tableau_of(self.solver)
+        stages = (0, 0) if tableau is None else (tableau.parts, tableau.stages)
+        stages = jnp.zeros((self.substeps, *stages, flat.size), flat.dtype)
+        return jtu.tree_map(zeros, y0), stages
 
     def _check_solver_state(self, solver_state, y0):
         expected = jax.eval_shape(lambda: self._zero_trajectory(y0))
         if isinstance(solver_state, DeerState):
-            actual = jax.eval_shape(lambda: solver_state.ys)
+            actual = jax.eval_shape(lambda: (solver_state.ys, solver_state.stages))
             if eqx.tree_equal(actual, expected) is True:
                 return
         raise ValueError(

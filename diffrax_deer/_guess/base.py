@@ -1,44 +1,50 @@
 import abc
-from typing import Any
 
 import equinox as eqx
-from diffrax import AbstractSolver, AbstractTerm
-from jaxtyping import Array, PyTree, Real
 
+from .._custom_types import IntScalarLike
 from .._state import DeerState
+from .._window import Discretisation, Iterate
 
 
 class AbstractGuess(eqx.Module):
-    """Abstract base class for all first guesses of the trajectory over a window.
+    """Abstract base class for all ways to guess the trajectory over a window.
 
-    A guess decides how many iterations a window takes. Neither the solution (up to
-    tolerance) nor its derivatives depend on it.
+    A guess decides how many iterations a window takes. It has no influence on the
+    solution (up to tolerance), nor on its derivatives.
+
+    !!! example
+
+        ```python
+        class Decaying(AbstractGuess):
+            def __call__(self, problem, previous):
+                decay = jnp.exp(problem.ts[0] - problem.ts[1:])
+                ys = problem.y0 * decay[:, None]
+                return problem.window.interpolated(problem.ravel_all(ys)), 0
+        ```
     """
 
     @abc.abstractmethod
     def __call__(
-        self,
-        solver: AbstractSolver,
-        terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps_plus_1"],
-        y0: PyTree[Array],
-        args: PyTree[Any],
-        previous: DeerState | None,
-    ) -> PyTree[Array]:
-        """Guess the values at the ends of all substeps.
+        self, problem: Discretisation, previous: DeerState | None
+    ) -> tuple[Iterate, IntScalarLike]:
+        """Guess a trajectory.
 
         **Arguments:**
 
-        - `solver`: the solver that [`diffrax_deer.DeerSolver`][] wraps.
-        - `terms`, `args`: as in `diffrax.diffeqsolve`.
-        - `ts`: the times at which the substeps begin and end.
-        - `y0`: the value at `ts[0]`.
+        - `problem`: the differential equation (`problem.terms`, `problem.args`), the
+            wrapped solver (`problem.solver`), the times at which the substeps begin and
+            end (`problem.ts`), and the value at the first of these (`problem.y0`).
         - `previous`: the window before this one, the times of which are NaN if there is
             none. `None` if the substeps of windows are not of equal length, that is, if
             `DeerAdjoint` has merged steps.
 
         **Returns:**
 
-        The values at `ts[1:]`: a PyTree like `y0` with a leading axis on every leaf.
-        Values that are not finite are replaced by `y0`.
+        First, the flattened values at the ends of the substeps, and their stages.
+        `problem.ravel_all` flattens values that are like `problem.y0` with an
+        additional leading axis, and `problem.window.interpolated` adds stages that lie
+        in between. What is not finite is replaced by the value at the start.
+
+        Second, how many evaluations of the vector field followed one another.
         """

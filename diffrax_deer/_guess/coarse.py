@@ -1,24 +1,21 @@
-from typing import Any
-
 import equinox as eqx
-import jax.lax as lax
-from diffrax import AbstractSolver, AbstractTerm
-from jaxtyping import Array, PyTree, Real
+from diffrax import AbstractSolver
 
 from .._checks import check_one_step_solver, check_positive_int
+from .._custom_types import IntScalarLike
 from .._state import DeerState
-from .._step import OneStepMap
-from ._coarse_grid import coarse_grid, from_coarse_grid
+from .._window import Discretisation, Iterate
+from ._coarse_grid import coarse_grid, unless_constant_is_better
 from .base import AbstractGuess
 
 
 class CoarseGuess(AbstractGuess):
-    """Makes fewer and larger steps one after the other, and interpolates between them.
+    """Makes steps one after the other: by default all of them, so that nothing is left
+    to iterate on.
 
-    Then few iterations are needed also over windows that are long enough for the
-    solution to oscillate, or to pass several time scales. Where such large steps are
-    unstable (the problem is stiff and the solver explicit), this falls back to the
-    constant guess.
+    This is what a CPU does best, and its default. If there are fewer and larger ones,
+    then this interpolates between them. Where these are unstable (the problem is stiff
+    and the solver explicit), it falls back to the constant guess.
     """
 
     solver: AbstractSolver | None = None
@@ -31,39 +28,23 @@ class CoarseGuess(AbstractGuess):
             check_positive_int(self.steps, "CoarseGuess(steps=...)")
 
     def __call__(
-        self,
-        solver: AbstractSolver,
-        terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps_plus_1"],
-        y0: PyTree[Array],
-        args: PyTree[Any],
-        previous: DeerState | None,
-    ) -> PyTree[Array]:
+        self, problem: Discretisation, previous: DeerState | None
+    ) -> tuple[Iterate, IntScalarLike]:
         del previous
-        substeps = ts.shape[0] - 1
-        if self.steps is None:
-            # Measured, see `benchmarks/NOTES.md`.
-            steps = max(substeps // 4, 1)
-        else:
-            steps = min(self.steps, substeps)
-        coarse_ts = coarse_grid(ts, steps)
-        coarse_solver = solver if self.solver is None else self.solver
-        step = OneStepMap(coarse_solver, terms, y0, args)
-        y0 = step.ravel(y0)
-
-        def body(y, t0__t1):
-            t0, t1 = t0__t1
-            y = step(t0, t1, y)
-            return y, y
-
-        _, ys = lax.scan(body, y0, (coarse_ts[:-1], coarse_ts[1:]))
-        return from_coarse_grid(step, ts, y0, coarse_ts, ys)
+        solver = problem.solver if self.solver is None else self.solver
+        steps = problem.substeps if self.steps is None else self.steps
+        if solver is problem.solver and steps >= problem.substeps:
+            return problem.sequential(), problem.sequential_span
+        ts = coarse_grid(problem.ts, min(steps, problem.substeps))
+        coarse = problem.on(ts, solver)
+        ys = coarse.evaluate(coarse.sequential(), problem.t1s)
+        guess = unless_constant_is_better(problem, problem.ravel_all(ys))
+        return guess, coarse.sequential_span + 1
 
 
 CoarseGuess.__init__.__doc__ = """**Arguments:**
 
 - `solver`: the solver that makes these steps. Defaults to the solver that
     [`diffrax_deer.DeerSolver`][] wraps.
-- `steps`: how many steps to make. (At most `substeps`.) Defaults to a quarter of
-    `substeps`.
+- `steps`: how many steps to make. (At most `substeps`.) Defaults to `substeps`.
 """

@@ -1,47 +1,41 @@
 import dataclasses
-from typing import Any
 
 import equinox as eqx
-import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
-from diffrax import AbstractSolver, AbstractTerm, RESULTS
-from jaxtyping import Array, PyTree, Real
+from diffrax import AbstractSolver, RESULTS
 
 from .._checks import check_instance, check_one_step_solver, check_positive_int
-from .._joint import Iteration
+from .._custom_types import IntScalarLike
+from .._iterate import Iteration
 from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, AutoScan
 from .._state import DeerState
-from .._step import OneStepMap
-from .._window import Window
-from ._coarse_grid import coarse_grid, from_coarse_grid
+from .._window import Discretisation, Iterate
+from ._coarse_grid import coarse_grid
 from .base import AbstractGuess
-from .coarse import CoarseGuess
+from .constant import ConstantGuess
 
 
 # Of the solution on a coarser grid. Its discretisation error is larger.
 _RTOL = 1e-3
-# Where more iterations would be needed, one might as well make the steps one after the
-# other. On a GPU an iteration takes as long as a few dozen of them.
-_MIN_ITERS = 16
-_STEPS_PER_ITER = 256
+# A grid that is too coarse need not have a solution at all.
+_MAX_ITERS = 64
 
 
 class NestedGuess(AbstractGuess):
-    """Solves the window on a coarser grid first, in parallel as well, and interpolates.
+    """Solves the window on a coarser grid first, and interpolates.
 
     For that in turn a guess is needed, which may be the solution on a grid that is
     coarser still. As in a multigrid method, most iterations are then made where they
-    cost least. It suits long windows on devices on which the steps of
-    [`diffrax_deer.CoarseGuess`][], made one after the other, would be slow. Where the
-    iteration does not converge soon (much coarser grids may tell nothing about the
-    solution, as if it is chaotic), they are made one after the other nevertheless.
+    cost least. It suits long windows. Where the iteration on a coarser grid does not
+    converge (much coarser grids may tell nothing about the solution, as if it is
+    chaotic), this is the guess that it began with.
     """
 
     levels: int = eqx.field(default=1, static=True)
     factor: int = eqx.field(default=4, static=True)
-    guess: AbstractGuess = CoarseGuess()
+    guess: AbstractGuess = ConstantGuess()
     solver: AbstractSolver | None = None
     method: AbstractMethod = DEER()
     scan: AbstractScan = AutoScan()
@@ -59,66 +53,36 @@ class NestedGuess(AbstractGuess):
             check_positive_int(self.max_iters, "NestedGuess(max_iters=...)")
 
     def __call__(
-        self,
-        solver: AbstractSolver,
-        terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps_plus_1"],
-        y0: PyTree[Array],
-        args: PyTree[Any],
-        previous: DeerState | None,
-    ) -> PyTree[Array]:
-        steps = (ts.shape[0] - 1) // self.factor
+        self, problem: Discretisation, previous: DeerState | None
+    ) -> tuple[Iterate, IntScalarLike]:
+        steps = problem.substeps // self.factor
         if steps <= 1:
-            return self.guess(solver, terms, ts, y0, args, previous)
+            return self.guess(problem, previous)
         if self.levels == 1:
             guess = self.guess
         else:
             guess = dataclasses.replace(self, levels=self.levels - 1)
-        coarse_ts = coarse_grid(ts, steps)
-        coarse_solver = solver if self.solver is None else self.solver
-        step = OneStepMap(coarse_solver, terms, y0, args)
-        window = Window(step=step, ts=coarse_ts, y0=step.ravel(y0))
-        ys = guess(coarse_solver, terms, coarse_ts, y0, args, None)
-        if self.max_iters is None:
-            max_iters = max(_MIN_ITERS, steps // _STEPS_PER_ITER)
-        else:
-            max_iters = self.max_iters
+        coarse = problem.on(coarse_grid(problem.ts, steps), self.solver)
         iteration = Iteration(
-            window=window,
+            window=coarse.window,
             method=self.method,
             scan=self.scan,
             rtol=_RTOL,
             atol=None,
             norm=optx.max_norm,
-            max_iters=min(max_iters, steps),
-            # If large steps blow up then there may be no solution to be found, and
-            # steps made one after the other find that out soon. Unless there are very
-            # many.
-            patience=steps // (4 * _STEPS_PER_ITER),
+            max_iters=_MAX_ITERS if self.max_iters is None else self.max_iters,
         )
-        solution = iteration.run(window.finite(window.ravel_all(ys)))
-        ys = _unless_converged(window, solution)
-        return from_coarse_grid(step, ts, window.y0, coarse_ts, ys)
+        first, span = guess(coarse, None)
+        first = coarse.window.finite(first)
+        solution = iteration.run(first)
+        okay = solution.result == RESULTS.successful
+        at = _where(okay, solution.at, first)
+        ys = problem.ravel_all(coarse.evaluate(at, problem.t1s))
+        return problem.window.interpolated(ys), span + solution.span
 
 
-def _unless_converged(window, solution):
-    """Makes the steps one after the other, as long as they do not blow up."""
-    steps = len(solution.ys)
-
-    def goes_on(carry):
-        n, y, _ = carry
-        return (n < steps) & jnp.all(jnp.isfinite(y))
-
-    def body(carry):
-        n, y, ys = carry
-        y = window.step(window.ts[n], window.ts[n + 1], y)
-        return n + 1, y, ys.at[n].set(y)
-
-    # No `cond`, of which a batch would always make this branch as well.
-    okay = solution.result == RESULTS.successful
-    first = jnp.where(okay, steps, 0).astype(jnp.int32)
-    _, _, ys = lax.while_loop(goes_on, body, (first, window.y0, solution.ys))
-    return ys
+def _where(pred, x: Iterate, y: Iterate) -> Iterate:
+    return Iterate(jnp.where(pred, x.ys, y.ys), jnp.where(pred, x.ks, y.ks))
 
 
 NestedGuess.__init__.__doc__ = """**Arguments:**
@@ -129,7 +93,6 @@ NestedGuess.__init__.__doc__ = """**Arguments:**
 - `solver`: the solver that makes the steps on coarser grids. Defaults to the solver
     that [`diffrax_deer.DeerSolver`][] wraps.
 - `method`, `scan`: as for [`diffrax_deer.DeerSolver`][].
-- `max_iters`: the maximum number of iterations on each coarser grid. If more would be
-    needed, then the steps on it are made one after the other. A positive integer.
-    Defaults to one for every 256 of these steps, but at least 16.
+- `max_iters`: the maximum number of iterations on each coarser grid. A positive
+    integer. Defaults to 64.
 """

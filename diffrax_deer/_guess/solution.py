@@ -1,13 +1,12 @@
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractPath, AbstractSolver, AbstractTerm, Solution
-from jaxtyping import Array, PyTree, Real
+from diffrax import AbstractPath, AbstractTerm, Solution
 
-from .._checks import check_instance
+from .._checks import check_instance, check_trajectory
+from .._custom_types import IntScalarLike
 from .._state import DeerState
+from .._window import Discretisation, Iterate
 from .base import AbstractGuess
 
 
@@ -39,24 +38,22 @@ class SolutionGuess(AbstractGuess):
             )
 
     def __call__(
-        self,
-        solver: AbstractSolver,
-        terms: PyTree[AbstractTerm],
-        ts: Real[Array, " substeps_plus_1"],
-        y0: PyTree[Array],
-        args: PyTree[Any],
-        previous: DeerState | None,
-    ) -> PyTree[Array]:
-        del solver, args, previous
+        self, problem: Discretisation, previous: DeerState | None
+    ) -> tuple[Iterate, IntScalarLike]:
+        del previous
         path = self.solution
-        times = ts[1:] * _direction(terms)
+        times = problem.ts[1:] * _direction(problem.terms)
         # Where there is nothing, a constant is better than an extrapolation.
         low, high = jnp.minimum(path.t0, path.t1), jnp.maximum(path.t0, path.t1)
         ys = jax.vmap(path.evaluate)(jnp.clip(times, low, high))
-        same_structure = jtu.tree_structure(ys) == jtu.tree_structure(y0)
-        if not same_structure:
-            return ys  # Which is an error, elsewhere.
-        return jtu.tree_map(lambda y, y0: y.astype(y0.dtype), ys, y0)
+        if jtu.tree_structure(ys) == jtu.tree_structure(problem.y0):
+            ys = jtu.tree_map(lambda y, y0: y.astype(y0.dtype), ys, problem.y0)
+        message = (
+            "`SolutionGuess(solution=...)` must have values like those of the "
+            "differential equation."
+        )
+        check_trajectory(ys, problem.y0, problem.substeps, message)
+        return problem.window.interpolated(problem.ravel_all(ys)), 0
 
 
 SolutionGuess.__init__.__doc__ = """**Arguments:**

@@ -1,40 +1,44 @@
 import abc
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._scan import AbstractScan, Matrices
+from .._linear_algebra import Matrices
+from .._scan import AbstractScan
 from .._window import AbstractWindow
 
 
 class AbstractMethod(eqx.Module):
-    r"""Abstract base class for all ways to linearise the substeps of a window, and to
-    correct the trajectory over it.
+    r"""Abstract base class for all ways to correct the trajectory over a window.
 
-    A method decides how many iterations a window takes, and what each of them costs. It
-    has no influence on the solution (up to tolerance), nor on its derivatives.
+    A method is two things: how the substeps are linearised, and how far the correction
+    is damped that follows from this. It decides how many iterations a window takes, and
+    what each of them costs. It has no influence on the solution (up to tolerance), nor
+    on its derivatives.
     """
 
     @abc.abstractmethod
     def linearise(
-        self,
-        window: AbstractWindow,
-        ys: Float[Array, "substeps size"],
-    ) -> Matrices:
-        r"""Approximate the Jacobians of all substeps.
+        self, window: AbstractWindow, points: Float[Array, "substeps points size"]
+    ) -> tuple[
+        Float[Array, "substeps parts points size"],
+        Callable[[], Matrices],
+    ]:
+        r"""Evaluate the function of all substeps, and on demand its Jacobians.
 
         **Arguments:**
 
-        - `window`: the substeps, each a one-step map $\Phi_n$, and the initial value
-            $y_0$.
-        - `ys`: the flattened values at the ends of the substeps, as far as known.
+        - `window`: the substeps. `window.values(points)` evaluates their function.
+        - `points`: where to do so.
 
         **Returns:**
 
-        $A_n \approx \frac{\partial \Phi_n}{\partial y}(y_n)$ for $n = 0, \ldots, N-1$,
-        either as matrices or only their diagonals. The value of $A_0$ is never used, as
-        $y_0$ is known.
+        The values, and a function without arguments that returns approximations to the
+        Jacobians of each row of the values with respect to the same row of `points`:
+        either as matrices, with two axes of length `size` at the end, or only their
+        diagonals, with one.
         """
 
     @abc.abstractmethod
@@ -45,21 +49,27 @@ class AbstractMethod(eqx.Module):
         r: Float[Array, "substeps size"],
         ys: Float[Array, "substeps size"],
     ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""]]:
-        r"""Find a correction of the trajectory.
+        r"""Find a correction of the values at the ends of the substeps.
 
         **Arguments:**
 
         - `scan`: evaluates linear recurrences.
-        - `A`: what `linearise` has returned.
-        - `r`: the residuals $\Phi_n(y_n) - y_{n+1}$.
+        - `A`: the Jacobians $A_n$ of the substeps, as follow from those above.
+        - `r`: the residuals $r_n$ of the substeps.
         - `ys`: the values that these belong to.
 
         **Returns:**
 
-        What to add to `ys`, and whether its size tells how far away the solution is. If
-        the first $n$ residuals are zero, then so are the first $n$ corrections, and the
-        one that follows equals its residual, whatever is returned for them.
+        The correction: the solution of $\delta_{n+1} = A_n \delta_n + r_n$, $\delta_0 =
+        0$, or something smaller. And whether its size tells how far away the solution
+        is. If the first $n$ residuals are zero, then so are the first $n$ corrections,
+        and the one that follows equals its residual, whatever is returned for them.
         """
+
+    @abc.abstractmethod
+    def span(self, size: int) -> int:
+        """How many Jacobian-vector products follow one another in a linearisation, for
+        a state of this size."""
 
 
 class AbstractUndampedMethod(AbstractMethod):

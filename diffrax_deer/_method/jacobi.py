@@ -1,11 +1,12 @@
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from .._window import AbstractWindow
-from .base import AbstractUndampedMethod
+from .._linear_algebra import Matrices
+from .._scan import AbstractScan
+from .linearisation import AbstractIdleMethod
 
 
-class Jacobi(AbstractUndampedMethod):
+class Jacobi(AbstractIdleMethod):
     r"""Jacobi iteration: takes zero for the Jacobian of every substep. All substeps are
     made again from where the previous ones have just ended.
 
@@ -25,11 +26,15 @@ class Jacobi(AbstractUndampedMethod):
         ```
     """
 
-    def linearise(
-        self, window: AbstractWindow, ys: Float[Array, "substeps size"]
-    ) -> Float[Array, "substeps size"]:
-        del window
-        return jnp.zeros_like(ys)
+    def correct(
+        self,
+        scan: AbstractScan,
+        A: Matrices,
+        r: Float[Array, "substeps size"],
+        ys: Float[Array, "substeps size"],
+    ) -> tuple[Float[Array, "substeps size"], Bool[Array, ""]]:
+        del scan, A, ys
+        return r, jnp.array(True)
 
 
 Jacobi.__init__.__doc__ = """**Arguments:** None"""

@@ -1,11 +1,8 @@
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
-from .._window import AbstractWindow
 from .base import AbstractUndampedMethod
+from .linearisation import AbstractIdleMethod
 
 
-class Picard(AbstractUndampedMethod):
+class Picard(AbstractIdleMethod, AbstractUndampedMethod):
     r"""Picard iteration: takes the identity for the Jacobian of every substep, so that
     the residuals are just summed up.
 
@@ -24,12 +21,6 @@ class Picard(AbstractUndampedMethod):
         }
         ```
     """
-
-    def linearise(
-        self, window: AbstractWindow, ys: Float[Array, "substeps size"]
-    ) -> Float[Array, "substeps size"]:
-        del window
-        return jnp.ones_like(ys)
 
 
 Picard.__init__.__doc__ = """**Arguments:** None"""

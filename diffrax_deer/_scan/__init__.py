@@ -1,5 +1,5 @@
 from .associative import AssociativeScan as AssociativeScan
 from .auto import AutoScan as AutoScan
-from .base import AbstractScan as AbstractScan, Matrices as Matrices
+from .base import AbstractScan as AbstractScan
 from .kernel import KernelScan as KernelScan
 from .sequential import SequentialScan as SequentialScan

@@ -1,8 +1,9 @@
 import jax.lax as lax
 from jaxtyping import Array, Float
 
+from .._linear_algebra import Matrices
 from .associative import AssociativeScan
-from .base import AbstractScan, Matrices
+from .base import AbstractScan
 from .kernel import can_be_kernels, has_gpu, KernelScan
 from .sequential import SequentialScan
 
@@ -26,15 +27,6 @@ class AutoScan(AbstractScan):
         call = lambda scan: lambda A, b: scan(A, b, reverse=reverse)
         branches = {platform: call(scan) for platform, scan in scans.items()}
         return lax.platform_dependent(A, b, **branches)
-
-    def damped(
-        self, A: Matrices, b: Float[Array, "substeps size"], damping: Float[Array, ""]
-    ) -> Float[Array, "substeps size"]:
-        return lax.platform_dependent(
-            *(A, b, damping),
-            cpu=SequentialScan().damped,
-            default=AssociativeScan().damped,
-        )
 
 
 AutoScan.__init__.__doc__ = """**Arguments:** None"""

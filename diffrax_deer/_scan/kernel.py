@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from .._linear_algebra import Matrices
 from .associative import AssociativeScan, clip
-from .base import AbstractScan, Matrices
+from .base import AbstractScan
 
 
 try:
@@ -43,7 +44,7 @@ class KernelScan(AbstractScan):
 
     This is for recurrences in single or double precision, of diagonal matrices or of
     matrices of at most 16 rows. Everything else is left to
-    [`diffrax_deer.AssociativeScan`][], and so is damping ([`diffrax_deer.ELK`][]).
+    [`diffrax_deer.AssociativeScan`][].
 
     The kernels are written in Pallas, for its Triton backend. JAX warns that this is
     deprecated, from version 0.11 on. Versions without it are left to
@@ -59,11 +60,6 @@ class KernelScan(AbstractScan):
             return _scan(A, b, reverse, self.interpret)
         else:
             return AssociativeScan()(A, b, reverse=reverse)
-
-    def damped(
-        self, A: Matrices, b: Float[Array, "substeps size"], damping: Float[Array, ""]
-    ) -> Float[Array, "substeps size"]:
-        return AssociativeScan().damped(A, b, damping)
 
 
 KernelScan.__init__.__doc__ = """**Arguments:**

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
 from jaxtyping import Array, PyTree, Real
 
-from ._custom_types import RealScalarLike
+from .._custom_types import RealScalarLike
 
 
 def uniform_grid(

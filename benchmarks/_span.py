@@ -1,0 +1,81 @@
+"""Counts how often a vector field is evaluated, independently of what any solver says."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+
+
+class Count(NamedTuple):
+    """`span`: how many evaluations of the vector field, or of its derivative, followed
+    one another. `work`: how many there were if one in a batch counts as one."""
+
+    span: int
+    work: int
+
+
+class Counter:
+    """Ticks once for every evaluation of `wrap(vector_field)` that is really made, or
+    of its derivative, and only once for a batch of them."""
+
+    def __init__(self):
+        self.span = self.work = 0
+
+    def read(self) -> Count:
+        jax.effects_barrier()
+        count = Count(self.span, self.work)
+        self.span = self.work = 0
+        return count
+
+    def wrap(self, vector_field: Callable) -> Callable:
+        @jax.custom_jvp
+        def counted(y):
+            return tick(y)
+
+        @counted.defjvp
+        def _(primals, tangents):
+            [y], [t] = primals, tangents
+            return counted(y), tick(t)
+
+        @custom_vmap
+        def tick(y):
+            return self._tick(y, 1)
+
+        # A batch of a batch is a larger batch.
+        def batched(size):
+            @custom_vmap
+            def tick(y):
+                return self._tick(y, size)
+
+            @tick.def_vmap
+            def _(axis_size, in_batched, y):
+                return batched(axis_size * size)(y), in_batched[0]
+
+            return tick
+
+        @tick.def_vmap
+        def _(axis_size, in_batched, y):
+            return batched(axis_size)(y), in_batched[0]
+
+        return lambda t, y, args: vector_field(t, counted(y), args)
+
+    def _tick(self, y, size):
+        def tick(_):
+            self.span += 1
+            self.work += size
+            return np.zeros((), y.dtype)
+
+        # A callback whose output is used, so that it is called exactly if the vector
+        # field is evaluated. (What it is called with keeps different ones apart.)
+        zero = jax.pure_callback(tick, jax.ShapeDtypeStruct((), y.dtype), jnp.ravel(y))
+        return y + zero
+
+
+def count(solve: Callable[[Callable], Any], vector_field: Callable) -> tuple[Any, Count]:
+    """`solve(vector_field)`, and how often it evaluates that."""
+    counter = Counter()
+    out = jax.block_until_ready(jax.jit(lambda: solve(counter.wrap(vector_field)))())
+    return out, counter.read()

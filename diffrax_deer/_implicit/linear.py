@@ -1,0 +1,164 @@
+"""The linearised equations of a window, as linear operators.
+
+Each of the functions here returns a linear function `solve(start, b)`, which solves the
+equations with right-hand side `b`, if `start` is the derivative of the value that the
+window begins with. All of them can be transposed.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from .._linear_algebra import Matrices, matvec, transpose
+from .._method import AbstractMethod, DEER
+from .._scan import AbstractScan
+from .._window import AbstractWindow, is_noisy, Iterate, noise_of_linear
+
+
+_Solve = Callable[[Float[Array, " size"], Iterate], Iterate]
+
+# A residual below this many rounding errors cannot be told from zero.
+_ROUNDING = 16
+
+
+def linear_solve(
+    window: AbstractWindow, at: Iterate, method: AbstractMethod, scan: AbstractScan
+) -> _Solve:
+    """Picks the one that suits the platform and the method."""
+    points = window.points(at)
+    J = jax.eval_shape(lambda: method.linearise(window, points)[1]())
+    if jax.default_backend() == "cpu" and window.is_explicit:
+        # Nothing is gained from more work at once.
+        return lambda start, b: window.derivative(at, start, b)
+    elif J.ndim == points.ndim + 1:
+        # Full Jacobians are too large to be formed.
+        return iterative(window, at, method, scan)
+    else:
+        return direct(window, at, DEER(), scan)
+
+
+def direct(
+    window: AbstractWindow, at: Iterate, method: AbstractMethod, scan: AbstractScan
+) -> _Solve:
+    """By one linear recurrence, as in an iteration of the `method`."""
+    _, jacobians = method.linearise(window, window.points(at))
+    system = window.eliminate(jacobians())
+
+    def solve(start, b):
+        r = system.condense(b)
+        # Towards the first substep nothing else leads.
+        first = matvec(system.A[0], start) if len(r) > 0 else start
+        r = r + jnp.concatenate([first[None], jnp.zeros_like(r[1:])])
+        ys = recurrence(scan, system.A, r)
+        starts = jnp.concatenate([start[None], ys[:-1]])
+        return Iterate(ys, system.substitute(starts, b))
+
+    return solve
+
+
+def recurrence(
+    scan: AbstractScan, A: Matrices, b: Float[Array, "substeps size"]
+) -> Float[Array, "substeps size"]:
+    """A scan that can be transposed."""
+
+    def product(x):
+        before = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
+        return x - matvec(A, before)
+
+    def transpose_solve(b):
+        A_T = transpose(A, b)
+        after = jnp.concatenate([A_T[1:], jnp.zeros_like(A_T[:1])])
+        return scan(after, b, reverse=True)
+
+    return lax.custom_linear_solve(
+        product,
+        b,
+        solve=lambda _, b: scan(A, b),
+        transpose_solve=lambda _, b: transpose_solve(b),
+    )
+
+
+def iterative(
+    window: AbstractWindow, at: Iterate, method: AbstractMethod, scan: AbstractScan
+) -> _Solve:
+    """By products with Jacobians, preconditioned with the approximations to these that
+    the method makes."""
+    roughly = direct(window, at, method, scan)
+
+    def targets(y0, at):
+        return eqx.tree_at(lambda w: w.y0, window, y0).all_targets(at)
+
+    _, jvp = jax.linearize(targets, window.y0, at)
+    zero, none = jnp.zeros_like(window.y0), jtu.tree_map(jnp.zeros_like, at)
+    _, unravel = ravel_pytree(at)
+    flat = lambda fn: lambda x: ravel_pytree(fn(unravel(x)))[0]
+    moved = flat(lambda x: jvp(zero, x))
+    rough = flat(lambda b: roughly(zero, b))
+    # Both are linear, and so have a transpose.
+    length = ravel_pytree(at)[0]
+    moved_T = lambda x: jax.linear_transpose(moved, length)(x)[0]
+    rough_T = lambda b: jax.linear_transpose(rough, length)(b)[0]
+    unknowns = len(at.ys) * (1 + window.stages[1])
+
+    def solve(start, b):
+        b = jtu.tree_map(jnp.add, b, jvp(start, none))
+        x = lax.custom_linear_solve(
+            lambda x: x - moved(x),
+            ravel_pytree(b)[0],
+            solve=lambda _, b: refine(moved, rough, b, at.ys.shape[1], unknowns),
+            transpose_solve=lambda _, b: refine(
+                moved_T, rough_T, b, at.ys.shape[1], unknowns
+            ),
+        )
+        return unravel(x)
+
+    return solve
+
+
+def refine(
+    product: Callable[[Array], Array],
+    solve: Callable[[Array], Array],
+    b: Float[Array, " unknowns_times_size"],
+    size: int,
+    max_iters: int,
+) -> Float[Array, " unknowns_times_size"]:
+    """Solves `x = product(x) + b`, if `solve` does so roughly, given `b`.
+
+    Every iteration makes one more unknown of an explicit window exact, to the last bit,
+    so that there are at most as many iterations as unknowns. Usually there are few.
+    """
+    eps = float(jnp.finfo(b.dtype).eps)
+    rows = lambda x: x.reshape(-1, size)
+    size_of = lambda x: jnp.max(jnp.abs(rows(x)), axis=-1, keepdims=True)
+
+    def cond_fun(carry):
+        _, _, is_done, num_iterations = carry
+        return jnp.invert(is_done) & (num_iterations < max_iters)
+
+    def body_fun(carry):
+        x, last_size, _, num_iterations = carry
+        A_x = product(x)
+        new_x = A_x + b
+        r = jnp.where(jnp.isfinite(new_x), new_x - x, 0)
+        largest = jnp.max(jnp.abs(r))
+        error = _ROUNDING * eps * (size_of(x) + size_of(A_x) + size_of(b))
+        if is_noisy(eps):
+            is_standstill = largest > 0.5 * last_size
+            fn = lambda x: rows(product(x.reshape(-1)))
+            error = error + noise_of_linear(fn, rows(x), rows(A_x), is_standstill)
+        is_done = jnp.all(jnp.abs(rows(new_x - x)) <= error)
+        new_x = new_x + (solve(r) - r)
+        # Beyond what is known already, this may go anywhere.
+        new_x = jnp.where(jnp.isfinite(new_x), new_x, x)
+        return new_x, largest, is_done, num_iterations + 1
+
+    infinite, zero = jnp.array(jnp.inf, b.dtype), jnp.array(0, jnp.int32)
+    init = (b, infinite, jnp.array(False), zero)
+    x, *_ = lax.while_loop(cond_fun, body_fun, init)
+    return x

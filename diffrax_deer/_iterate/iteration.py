@@ -1,0 +1,321 @@
+from collections.abc import Callable
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from diffrax import RESULTS
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._custom_types import RealScalarLike
+from .._linear_algebra import Matrices
+from .._method import AbstractMethod
+from .._scan import AbstractScan
+from .._window import AbstractWindow, is_finite, is_noisy, Iterate, up_to_front
+from .convergence import Convergence
+from .restart import first_of, restart, too_large
+
+
+# What the rounding errors made in one evaluation amount to, in units of the precision
+# of its values. A residual below this cannot be told from zero.
+_ROUNDING = 16
+
+
+class JointSolution(eqx.Module):
+    """The solution of all substeps of a window, and how it was found."""
+
+    at: Iterate
+    num_iterations: Int[Array, ""]
+    # How many evaluations of the function, or of its derivative, followed one another.
+    span: Int[Array, ""]
+    # The Jacobians of the substeps, as of the last linearisation, if there was one.
+    A: Matrices
+    has_A: Bool[Array, ""]
+    result: RESULTS
+
+
+class State(eqx.Module):
+    """Where an iteration stands."""
+
+    at: Iterate
+    convergence: Convergence
+    num_iterations: Int[Array, ""]
+    span: Int[Array, ""]
+    A: Matrices
+    has_A: Bool[Array, ""]
+    # How large the terms were that the values have been summed up from, as the last
+    # linearisation says.
+    terms: Float[Array, "substeps parts points size"]
+    # From which substep on the last iteration has begun again.
+    lost: Int[Array, ""]
+    finite: Bool[Array, ""]
+    converged: Bool[Array, ""]
+    stuck: Bool[Array, ""]
+
+
+class Iteration(eqx.Module):
+    """A fixed-point iteration for all substeps of a window."""
+
+    window: AbstractWindow
+    method: AbstractMethod
+    scan: AbstractScan
+    rtol: RealScalarLike | None
+    atol: RealScalarLike | None
+    norm: Callable[[PyTree], RealScalarLike]
+    max_iters: int | None
+
+    def run(self, guess: Iterate) -> JointSolution:
+        """If the result is not successful, then this is what the iteration ended with.
+        It is finite if the guess is."""
+        # JAX would hash bound methods, and with them what this has for fields.
+        goes_on, step = (
+            lambda state: self.goes_on(state),
+            lambda state: self.step(state),
+        )
+        state = lax.while_loop(goes_on, step, self.init(guess))
+        result = RESULTS.promote(
+            optx.RESULTS.where(
+                state.finite,
+                optx.RESULTS.nonlinear_max_steps_reached,
+                optx.RESULTS.nonfinite,
+            )
+        )
+        result = RESULTS.where(state.converged, RESULTS.successful, result)
+        return JointSolution(
+            *(state.at, state.num_iterations, state.span, state.A, state.has_A, result)
+        )
+
+    def init(self, guess: Iterate) -> State:
+        def linearise():
+            values, jacobians = self.method.linearise(
+                self.window, self.window.points(guess)
+            )
+            return values, self.window.eliminate(jacobians()).A
+
+        zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+        terms, A = jtu.tree_map(zeros, jax.eval_shape(linearise))
+        zero = jnp.array(0, jnp.int32)
+        return State(
+            at=guess,
+            convergence=Convergence(jnp.array(0, guess.ys.dtype)),
+            num_iterations=zero,
+            span=zero,
+            A=A,
+            has_A=jnp.array(False),
+            terms=terms,
+            lost=jnp.array(len(guess.ys), jnp.int32),
+            finite=jnp.array(True),
+            # The trivial state has nothing to iterate on.
+            converged=jnp.array(guess.ys.shape[1] == 0),
+            stuck=jnp.array(False),
+        )
+
+    def goes_on(self, state: State) -> Bool[Array, ""]:
+        if self.max_iters is None:
+            # One unknown after the other becomes exact, at least. One more to see it.
+            parts, stages = self.window.stages
+            max_iters = len(state.at.ys) * (stages + 1) + 1
+        else:
+            max_iters = self.max_iters
+        is_over = state.converged | state.stuck | (state.num_iterations >= max_iters)
+        return jnp.invert(is_over)
+
+    def step(self, state: State) -> State:
+        window, at = self.window, state.at
+        seen = self.look(at)
+        rounding = self.rounding(seen, state.terms)
+        excess, drift = _largest(seen.r, rounding), _drift(window, seen.r, rounding)
+        is_exact = jnp.all(seen.exists) & state.convergence.is_exact(excess, drift)
+
+        # In a batch, all or none: a `cond` that differs between elements is no saving.
+        corrects = jnp.invert(eqxi.unvmap_all(is_exact))
+        delta, is_telling, A, terms, span = lax.cond(
+            corrects,
+            lambda: self.correction(seen),
+            lambda: self.no_correction(seen, state),
+        )
+        new, usable = seen.corrected(delta)
+        is_lost = jnp.invert(seen.is_known | (usable & seen.has_neighbours))
+        lost = self.lost(state, new, is_lost, seen.is_known)
+        new = restart(window, new, lost)
+
+        change = self.change(at, new)
+        standstill = state.convergence.is_standstill(change) & jnp.all(seen.exists)
+        if is_noisy(window.eps):
+            heard = window.noise(seen.points, seen.r, standstill)
+            rounding = jtu.tree_map(jnp.add, rounding, window.as_residual(heard))
+        stagnates = standstill & (_largest(seen.r, rounding) <= 1)
+        is_close = state.convergence.is_close(change, is_telling)
+        # Another correction may even make it worse, as it amplifies rounding errors.
+        is_solved = is_exact | stagnates
+        new = jtu.tree_map(lambda x, y: jnp.where(is_solved, x, y), at, new)
+        finite = jnp.all(seen.exists & usable)
+        is_whole = lost == len(at.ys)
+        return State(
+            at=new,
+            convergence=Convergence(change),
+            num_iterations=state.num_iterations + 1,
+            span=state.span + 1 + span,
+            A=A,
+            has_A=state.has_A | corrects,
+            terms=terms,
+            lost=lost,
+            finite=finite,
+            converged=finite & (is_solved | (is_close & is_whole)),
+            stuck=jnp.invert(finite) & (change == 0),
+        )
+
+    def look(self, at: Iterate) -> "_Seen":
+        window = self.window
+        points = window.points(at)
+        values, jacobians = self.method.linearise(window, points)
+        # XLA must not evaluate this twice, and round differently where it is fused with
+        # something else: residuals that are zero would not be.
+        values = lax.optimization_barrier(values)
+        # Far from the solution, vector fields may overflow or leave their domain.
+        okay = is_finite(values)
+        values = jnp.where(okay[..., None], values, window.idle(at))
+        targets = window.targets(at, values)
+        return _Seen(
+            at=at,
+            points=points,
+            values=values,
+            targets=targets,
+            r=jtu.tree_map(jnp.subtract, targets, at),
+            okay=okay,
+            exists=jnp.all(okay, axis=(1, 2)) & is_finite(targets.ys),
+            jacobians=jacobians,
+        )
+
+    def rounding(self, seen: "_Seen", terms: Array) -> Iterate:
+        """How large residuals may be because of rounding errors."""
+        ends = jnp.abs(self.window.starts(seen.at.ys)) + jnp.abs(seen.at.ys)
+        size = ends[:, None, None] + jnp.abs(seen.values) + terms
+        return self.window.as_residual(_ROUNDING * self.window.eps * size)
+
+    def no_correction(self, seen: "_Seen", state: State):
+        delta = jtu.tree_map(jnp.zeros_like, seen.r)
+        return delta, jnp.array(True), state.A, state.terms, jnp.array(0, jnp.int32)
+
+    def correction(self, seen: "_Seen"):
+        J = seen.jacobians()
+        usable = seen.okay & jnp.isfinite(J).reshape(*seen.okay.shape, -1).all(axis=-1)
+        J = jnp.where(jnp.expand_dims(usable, range(3, J.ndim)), J, 0)
+        system = self.window.eliminate(J)
+        r = system.condense(seen.r)
+        # The equations of the stages may have no solution.
+        usable = is_finite(r) & is_finite(system.A.reshape(len(r), -1))
+        A = jnp.where(jnp.expand_dims(usable, range(1, system.A.ndim)), system.A, 0)
+        r = jnp.where(usable[:, None], r, seen.r.ys)
+        ys, is_telling = self.method.correct(self.scan, A, r, seen.at.ys)
+        # This changes nothing, unless the scan makes rounding errors larger than ours.
+        ys = jnp.where(seen.is_known[:, None], r, ys)
+        starts = jnp.concatenate([jnp.zeros_like(ys[:1]), ys[:-1]])
+        delta = Iterate(ys, system.substitute(starts, seen.r))
+        span = jnp.array(self.method.span(ys.shape[1]), jnp.int32)
+        return delta, is_telling, A, _terms(J, seen.points), span
+
+    def lost(
+        self,
+        state: State,
+        new: Iterate,
+        is_lost: Bool[Array, " substeps"],
+        is_known: Bool[Array, " substeps"],
+    ) -> Int[Array, ""]:
+        """From which substep on to begin again, if at all."""
+        if not self.window.is_bounded:
+            return first_of(is_lost)
+        delta = jtu.tree_map(jnp.subtract, new, state.at)
+        is_large = too_large(self.window.y0, new, delta) & jnp.invert(is_known)
+        # To begin again where that has just been done does not help.
+        helps = first_of(is_large) > state.lost
+        helps = helps | (state.lost == len(is_lost))
+        return first_of(is_lost | (is_large & helps))
+
+    def change(self, old: Iterate, new: Iterate) -> Float[Array, ""]:
+        """How large a correction is, in units of the tolerance."""
+        delta = jtu.tree_map(lambda x, y: jnp.abs(x - y), new, old)
+        largest = jnp.max(delta.ks, axis=(1, 2), initial=0)
+        largest = jnp.maximum(largest, delta.ys)
+        scale = jnp.maximum(jnp.abs(old.ys), jnp.abs(new.ys))
+        change = self.norm(largest / self.tolerance(scale))
+        return jnp.asarray(change, largest.dtype)
+
+    def tolerance(
+        self, scale: Float[Array, "substeps size"]
+    ) -> Float[Array, "substeps size"]:
+        """How far values of this size may be from the solution."""
+        rtol, atol, eps = self.rtol, self.atol, self.window.eps
+        if rtol is None:
+            rtol = 1e-10 if eps < 1e-12 else 40 * eps
+        if atol is None:
+            # Small compared with `rtol`, also if the solution itself is small.
+            magnitude = jnp.minimum(1, jnp.max(scale, initial=0))
+            atol = jnp.maximum(1e-2 * rtol * magnitude, jnp.finfo(scale.dtype).tiny)
+        return jnp.asarray(atol + rtol * scale)
+
+
+class _Seen(eqx.Module):
+    """What an iterate looks like."""
+
+    at: Iterate
+    points: Float[Array, "substeps points size"]
+    values: Float[Array, "substeps parts points size"]
+    targets: Iterate
+    r: Iterate
+    # Where the values are finite.
+    okay: Bool[Array, "substeps parts points"]
+    # Which substeps lead to anything.
+    exists: Bool[Array, " substeps"]
+    jacobians: Callable[[], Matrices]
+
+    @property
+    def is_known(self) -> Bool[Array, " substeps"]:
+        """Which substeps begin with a final value."""
+        is_open = jnp.any(self.r.ys != 0, axis=1)
+        is_open = is_open | jnp.any(self.r.ks != 0, axis=(1, 2, 3))
+        return up_to_front(is_open | jnp.invert(self.exists))
+
+    @property
+    def has_neighbours(self) -> Bool[Array, " substeps"]:
+        """Which substeps lead to anything that can be departed from again. (If left as
+        they are, the others would come back one by one.)"""
+        return self.exists & jnp.concatenate([self.exists[1:], jnp.array([True])])
+
+    def corrected(self, delta: Iterate) -> tuple[Iterate, Bool[Array, " substeps"]]:
+        """The next iterate, and where it is of any use."""
+        # This sum is arranged such that what is known already, where `delta == r`, is
+        # exact to the last bit. At least one more unknown is, in every iteration.
+        add = lambda target, delta, r: target + (delta - r)
+        new = jtu.tree_map(add, self.targets, delta, self.r)
+        usable = is_finite(new.ys) & jnp.all(is_finite(new.ks), axis=(1, 2))
+        ys = jnp.where(usable[:, None], new.ys, self.at.ys)
+        ks = jnp.where(usable[:, None, None, None], new.ks, self.at.ks)
+        return Iterate(ys, ks), usable
+
+
+def _terms(J, points):
+    # Of a sum, rounding errors are in proportion to its largest terms. (To no more than
+    # the points: a large `J` must not excuse large residuals far from the solution.)
+    weights, points = jnp.minimum(jnp.abs(J), 1), jnp.abs(points)[:, None]
+    if J.ndim == points.ndim:
+        return weights * points
+    else:
+        return jnp.sum(weights * points[..., None, :], axis=-1)
+
+
+def _largest(r: Iterate, bound: Iterate) -> Float[Array, ""]:
+    ratio = lambda r, bound: jnp.where(r == 0, 0, jnp.abs(r) / bound)
+    ratios = jtu.tree_map(ratio, r, bound)
+    return jnp.maximum(jnp.max(ratios.ys, initial=0), jnp.max(ratios.ks, initial=0))
+
+
+def _drift(window: AbstractWindow, r: Iterate, rounding: Iterate) -> Float[Array, ""]:
+    total = jnp.abs(jnp.cumsum(window.net(r), axis=0))
+    bound = lax.cummax(rounding.ys, axis=0)
+    number = jnp.arange(1, len(total) + 1, dtype=bound.dtype)[:, None]
+    ratio = jnp.where(total == 0, 0, total / (jnp.sqrt(number) * bound))
+    return jnp.max(ratio, initial=0)

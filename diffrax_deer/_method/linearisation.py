@@ -1,0 +1,88 @@
+"""The ways to linearise the substeps of a window."""
+
+from collections.abc import Callable
+from typing import cast
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+from equinox import AbstractVar
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._window import AbstractWindow
+from .base import AbstractMethod
+
+
+class AbstractFullMethod(AbstractMethod):
+    """With full Jacobians."""
+
+    def linearise(
+        self, window: AbstractWindow, points: Float[Array, "substeps points size"]
+    ) -> tuple[Array, Callable[[], Array]]:
+        values, jvp = jax.linearize(window.values, points)
+
+        def jacobians():
+            # All points are moved along the same unit vectors.
+            def column(unit):
+                return jvp(jnp.broadcast_to(unit, points.shape))
+
+            units = jnp.eye(points.shape[-1], dtype=points.dtype)
+            return jax.vmap(column, in_axes=0, out_axes=-1)(units[:, None, None])
+
+        return values, jacobians
+
+    def span(self, size: int) -> int:
+        return 1
+
+
+class AbstractDiagonalMethod(AbstractMethod):
+    """With the diagonals of the Jacobians, without ever forming these."""
+
+    samples: AbstractVar[int | None]
+    key: AbstractVar[PRNGKeyArray | None]
+
+    def linearise(
+        self, window: AbstractWindow, points: Float[Array, "substeps points size"]
+    ) -> tuple[Array, Callable[[], Array]]:
+        values, jvp = jax.linearize(window.values, points)
+        size = points.shape[-1]
+
+        # One direction follows the other, which takes no more memory than the values.
+
+        def exact():
+            def add(i, total):
+                unit = (jnp.arange(size) == i)[None, None]
+                column = jvp(jnp.broadcast_to(unit, points.shape).astype(points.dtype))
+                return jnp.where(unit[None], column, total)
+
+            return lax.fori_loop(0, size, add, jnp.zeros_like(values))
+
+        def estimated():
+            def add(total, key):
+                sign = jr.rademacher(key, points.shape, points.dtype)
+                return total + sign[:, None] * jvp(sign), None
+
+            key = jr.key(0) if self.key is None else self.key
+            samples = cast(int, self.samples)
+            keys = jr.split(key, samples)
+            total, _ = lax.scan(add, jnp.zeros_like(values), keys)
+            return total / samples
+
+        return values, exact if self.samples is None else estimated
+
+    def span(self, size: int) -> int:
+        return size if self.samples is None else self.samples
+
+
+class AbstractIdleMethod(AbstractMethod):
+    """As if nothing happened in the substeps."""
+
+    def linearise(
+        self, window: AbstractWindow, points: Float[Array, "substeps points size"]
+    ) -> tuple[Array, Callable[[], Array]]:
+        values = window.values(points)
+        return values, lambda: jnp.full_like(values, window.idle_jacobian)
+
+    def span(self, size: int) -> int:
+        return 0

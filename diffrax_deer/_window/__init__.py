@@ -1,0 +1,26 @@
+from .base import (
+    AbstractElimination as AbstractElimination,
+    AbstractWindow as AbstractWindow,
+    is_finite as is_finite,
+    Iterate as Iterate,
+    up_to_front as up_to_front,
+)
+from .discretisation import Discretisation as Discretisation, precision as precision
+from .interpolation import (
+    uniform_grid as uniform_grid,
+    WindowInterpolationFactory as WindowInterpolationFactory,
+)
+from .one_step import (
+    AbstractMapWindow as AbstractMapWindow,
+    OneStepMap as OneStepMap,
+    Substep as Substep,
+)
+from .rounding import (
+    among_neighbours as among_neighbours,
+    is_noisy as is_noisy,
+    nearby as nearby,
+    noise as noise,
+    noise_of_linear as noise_of_linear,
+)
+from .stages import StageWindow as StageWindow
+from .tableau import Tableau as Tableau, tableau_of as tableau_of

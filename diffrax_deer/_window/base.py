@@ -1,0 +1,185 @@
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from equinox import AbstractVar
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
+
+from .._linear_algebra import Matrices
+from .rounding import nearby, noise
+
+
+class Iterate(eqx.Module):
+    """The unknowns of a window. (Or, as these are of the same shape, its residual, a
+    correction, a derivative...)
+
+    **Attributes:**
+
+    - `ys`: the values at the ends of the substeps.
+    - `ks`: what has to be solved for inside of every substep: the increments of its
+        stages, for each part of the differential equation. There are none if a substep
+        is a map that is only known as a whole.
+    """
+
+    ys: Float[Array, "substeps size"]
+    ks: Float[Array, "substeps parts stages size"]
+
+
+class AbstractElimination(eqx.Module):
+    """The linearised equations of all substeps, solved for their stages and ends, given
+    the corrections at their starts. Both methods are linear functions.
+
+    **Attributes:**
+
+    - `A`: the Jacobians of the substeps.
+    """
+
+    A: AbstractVar[Matrices]
+
+    @abc.abstractmethod
+    def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
+        """What the residual amounts to at the end of each substep, if there is no
+        correction at its start."""
+
+    @abc.abstractmethod
+    def substitute(
+        self, starts: Float[Array, "substeps size"], r: Iterate
+    ) -> Float[Array, "substeps parts stages size"]:
+        """The corrections of the stages."""
+
+
+class AbstractWindow(eqx.Module):
+    r"""Abstract base class for the substeps that are solved jointly.
+
+    Each substep evaluates a function at one or more *points*. These depend linearly on
+    the unknowns: on the value at its start, and on its stages. The equations to be
+    solved are that its stages and its end are what follows from the values of this
+    function, which is linear again.
+
+    **Attributes:**
+
+    - `y0`: the value at the start of the window.
+    - `xs`: what else the substeps depend on. A PyTree with a leading axis `substeps`.
+    - `eps`: the precision of the least precise part of the state.
+    """
+
+    y0: AbstractVar[Float[Array, " size"]]
+    xs: AbstractVar[PyTree[Shaped[Array, "substeps ..."]]]
+    eps: AbstractVar[float]
+
+    @property
+    @abc.abstractmethod
+    def stages(self) -> tuple[int, int]:
+        """How many parts and stages are unknown in each substep."""
+
+    @property
+    @abc.abstractmethod
+    def is_explicit(self) -> bool:
+        """Whether the unknowns can be found one after the other."""
+
+    @property
+    @abc.abstractmethod
+    def is_bounded(self) -> bool:
+        """Whether a correction far beyond the size of the solution is a mistake."""
+
+    @abc.abstractmethod
+    def value(
+        self, x: PyTree[Array], points: Float[Array, "points size"]
+    ) -> Float[Array, "parts points size"]:
+        """The function of a single substep. Only here is evaluated what is being
+        solved. Each row depends on the same row of `points` only."""
+
+    @abc.abstractmethod
+    def points(self, at: Iterate) -> Float[Array, "substeps points size"]:
+        """Where the function has to be evaluated."""
+
+    @abc.abstractmethod
+    def targets(
+        self, at: Iterate, values: Float[Array, "substeps parts points size"]
+    ) -> Iterate:
+        """What the unknowns should be, given the values of the function."""
+
+    @abc.abstractmethod
+    def idle(self, at: Iterate) -> Float[Array, "substeps _parts _points size"]:
+        """The values of the function if nothing happened in the substeps."""
+
+    @property
+    @abc.abstractmethod
+    def idle_jacobian(self) -> float:
+        """The Jacobian of the function if nothing happened, as a multiple of 1."""
+
+    @abc.abstractmethod
+    def eliminate(self, J: Matrices) -> AbstractElimination:
+        """`J` are the Jacobians of the function, with axes `substeps parts points`, and
+        one or two more."""
+
+    @abc.abstractmethod
+    def net(self, r: Iterate) -> Float[Array, "substeps size"]:
+        """What a residual amounts to at the end of each substep, if nothing happened
+        in them."""
+
+    @abc.abstractmethod
+    def as_residual(
+        self, errors: Float[Array, "substeps parts points size"]
+    ) -> Iterate:
+        """How large residuals may be because of such errors of the values."""
+
+    @abc.abstractmethod
+    def interpolated(self, ys: Float[Array, "substeps size"]) -> Iterate:
+        """These values at the ends, and stages that lie in between."""
+
+    @abc.abstractmethod
+    def derivative(
+        self, at: Iterate, start: Float[Array, " size"], b: Iterate
+    ) -> Iterate:
+        """Solves the linearised equations with the right-hand side `b` one substep
+        after the other, if `start` is the derivative of `y0`. Must be explicit."""
+
+    def noise(
+        self,
+        points: Float[Array, "substeps points size"],
+        r: Iterate,
+        wanted: Bool[Array, ""],
+    ) -> Float[Array, "substeps parts points size"]:
+        """How large the rounding errors of the values may be. Zero if not wanted."""
+        del r
+        distance = nearby(jnp.abs(points), self.eps)
+        return noise(self.values, points, distance, wanted)
+
+    def starts(
+        self, ys: Float[Array, "substeps size"]
+    ) -> Float[Array, "substeps size"]:
+        """The values at the start of every substep, from those at their ends."""
+        return jnp.concatenate([self.y0[None], ys[:-1]])
+
+    def values(
+        self, points: Float[Array, "substeps points size"]
+    ) -> Float[Array, "substeps parts points size"]:
+        """The functions of all substeps."""
+        return jax.vmap(self.value)(self.xs, points)
+
+    def all_targets(self, at: Iterate) -> Iterate:
+        """What the unknowns should be. At the solution this is what they are."""
+        return self.targets(at, self.values(self.points(at)))
+
+    def finite(self, at: Iterate) -> Iterate:
+        """Replaces what is not finite: by the value at the start of the window, and by
+        stages between the ends."""
+        ys = jnp.where(is_finite(at.ys)[:, None], at.ys, self.y0[None])
+        stages = self.interpolated(ys).ks
+        is_usable = jnp.all(is_finite(at.ks), axis=(1, 2))[:, None, None, None]
+        return Iterate(ys, jnp.where(is_usable, at.ks, stages))
+
+
+def is_finite(x: Float[Array, "*shape size"]) -> Array:
+    """Whether all entries along the last axis are finite, and so would be their
+    differences."""
+    return jnp.all(jnp.abs(x) < jnp.finfo(x.dtype).max / 4, axis=-1)
+
+
+def up_to_front(is_open: Bool[Array, " substeps"]) -> Bool[Array, " substeps"]:
+    """Which substeps begin with a final value, given which of them leave a residual:
+    all before the first one of these, and that one."""
+    front = jnp.where(jnp.any(is_open), jnp.argmax(is_open), len(is_open))
+    return jnp.arange(len(is_open), dtype=jnp.int32) <= front.astype(jnp.int32)

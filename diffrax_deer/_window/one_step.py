@@ -1,0 +1,153 @@
+from collections.abc import Callable
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import (
+    AbstractRungeKutta,
+    AbstractSolver,
+    AbstractSRK,
+    AbstractTerm,
+    RESULTS,
+)
+from jaxtyping import Array, Float, PyTree, Real
+
+from .._linear_algebra import Matrices
+from .base import AbstractElimination, AbstractWindow, Iterate
+
+
+class Substep(eqx.Module):
+    """What one step of the wrapped solver returns. (Apart from its solver state.)"""
+
+    y1: PyTree[Array]
+    y_error: PyTree[Array] | None
+    dense_info: dict[str, Any]
+    result: RESULTS
+
+
+class OneStepMap(eqx.Module):
+    r"""The wrapped solver, as a map $(t_0, t_1, y_0) \mapsto y_1$."""
+
+    solver: AbstractSolver
+    terms: PyTree[AbstractTerm]
+    args: PyTree[Any]
+
+    def __init__(
+        self, solver: AbstractSolver, terms: PyTree[AbstractTerm], args: PyTree[Any]
+    ):
+        self.solver = _jvp_compatible(solver)
+        self.terms = terms
+        self.args = args
+
+    def __call__(
+        self, t0: Real[Array, ""], t1: Real[Array, ""], y0: PyTree[Array]
+    ) -> Substep:
+        # A one-step method has no memory: its state only ever caches what can be found
+        # from `(t0, t1, y0)` as well. So each substep begins with a new one.
+        state = self.solver.init(self.terms, t0, t1, y0, self.args)
+        y1, y_error, dense_info, _, result = self.solver.step(
+            self.terms, t0, t1, y0, self.args, state, made_jump=False
+        )
+        return Substep(y1, y_error, dense_info, result)
+
+
+def _jvp_compatible(solver: AbstractSolver) -> AbstractSolver:
+    # Diffrax's default for the loop over stages cannot be differentiated in forward
+    # mode, which is how Jacobians are computed.
+    def fix(x):
+        if not has_scan_kind(x):
+            return x
+        # Each of them understands only one of those that can.
+        kind = "lax" if issubclass(type(x), AbstractSRK) else "bounded"
+        is_none = lambda s: s is None
+        return eqx.tree_at(lambda s: s.scan_kind, x, kind, is_leaf=is_none)
+
+    # Of the class itself: `isinstance` is also true for solvers that wrap such a one.
+    has_scan_kind = lambda x: issubclass(type(x), (AbstractRungeKutta, AbstractSRK))
+    return cast(AbstractSolver, jtu.tree_map(fix, solver, is_leaf=has_scan_kind))
+
+
+class AbstractMapWindow(AbstractWindow):
+    """Every substep is a map of which nothing is known but its values."""
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        return 0, 0
+
+    @property
+    def is_explicit(self) -> bool:
+        return True
+
+    @property
+    def is_bounded(self) -> bool:
+        # What is far beyond the solution overflows, or is damped.
+        return False
+
+    def points(self, at: Iterate) -> Float[Array, "substeps 1 size"]:
+        return self.starts(at.ys)[:, None]
+
+    def targets(
+        self, at: Iterate, values: Float[Array, "substeps 1 1 size"]
+    ) -> Iterate:
+        return Iterate(values[:, 0, 0], at.ks)
+
+    def idle(self, at: Iterate) -> Float[Array, "substeps 1 1 size"]:
+        return at.ys[:, None, None]
+
+    @property
+    def idle_jacobian(self) -> float:
+        return 1.0
+
+    def eliminate(self, J: Matrices) -> AbstractElimination:
+        return _MapElimination(J[:, 0, 0])
+
+    def net(self, r: Iterate) -> Float[Array, "substeps size"]:
+        return r.ys
+
+    def as_residual(self, errors: Float[Array, "substeps 1 1 size"]) -> Iterate:
+        return self.interpolated(errors[:, 0, 0])
+
+    def interpolated(self, ys: Float[Array, "substeps size"]) -> Iterate:
+        return Iterate(ys, jnp.zeros((len(ys), 0, 0, ys.shape[1]), ys.dtype))
+
+    def derivative(
+        self, at: Iterate, start: Float[Array, " size"], b: Iterate
+    ) -> Iterate:
+        def body(dy, inputs):
+            x, y, b = inputs
+            value = lambda y: self.value(x, y[None])[0, 0]
+            _, moved = jax.jvp(value, (y,), (dy,))
+            dy = moved + b
+            return dy, dy
+
+        _, dys = lax.scan(body, start, (self.xs, self.starts(at.ys), b.ys))
+        return Iterate(dys, b.ks)
+
+
+class _MapElimination(AbstractElimination):
+    A: Matrices
+
+    def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
+        return r.ys
+
+    def substitute(
+        self, starts: Float[Array, "substeps size"], r: Iterate
+    ) -> Float[Array, "substeps 0 0 size"]:
+        return r.ks
+
+
+class StepWindow(AbstractMapWindow):
+    """Steps of a solver that is not a Runge--Kutta method."""
+
+    fn: Callable
+    xs: tuple[Real[Array, " substeps"], Real[Array, " substeps"]]
+    y0: Float[Array, " size"]
+    eps: float
+
+    def value(
+        self, x: tuple[Array, Array], points: Float[Array, "1 size"]
+    ) -> Float[Array, "1 1 size"]:
+        return self.fn(*x, points[0])[None, None]

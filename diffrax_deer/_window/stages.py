@@ -1,0 +1,146 @@
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .._linear_algebra import Matrices
+from .base import AbstractElimination, AbstractWindow, Iterate
+from .elimination import StageElimination, weighted
+from .tableau import Tableau
+
+
+class StageWindow(AbstractWindow):
+    r"""Steps of a Runge--Kutta method, whose stages are unknown as well.
+
+    With $Y_{n, i} = y_n + \sum_j a_{ij} k_{n, j}$ the equations are
+    $k_{n, i} = f(t_n + c_i h_n, Y_{n, i}) h_n$ and
+    $y_{n + 1} = y_n + \sum_i b_i k_{n, i}$. So the vector field is evaluated for all
+    stages of all substeps at once, where the method by itself evaluates one after the
+    other.
+    """
+
+    # Of each part `(control, time, vector) -> vector`, its increment.
+    fns: tuple[Callable, ...]
+    # Of each substep when it begins, when it ends, and its control for each part.
+    xs: tuple[Array, Array, PyTree[Array]]
+    y0: Float[Array, " size"]
+    eps: float
+    tableau: Tableau = eqx.field(static=True)
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        return self.tableau.parts, self.tableau.stages
+
+    @property
+    def is_explicit(self) -> bool:
+        return self.tableau.is_explicit
+
+    @property
+    def is_bounded(self) -> bool:
+        return True
+
+    def stage(
+        self, x: PyTree[Array], index: Any, y: Float[Array, " size"]
+    ) -> Float[Array, "parts size"]:
+        """The increments of a single stage of a single substep."""
+        t0, t1, controls = x
+        increments = []
+        for fn, control, c in zip(self.fns, controls, self.tableau.c):
+            c = jnp.asarray(c, t0.dtype)[index]
+            t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
+            increments.append(fn(control, t, y))
+        return jnp.stack(increments)
+
+    def value(
+        self, x: PyTree[Array], points: Float[Array, "stages size"]
+    ) -> Float[Array, "parts stages size"]:
+        index = jnp.arange(self.tableau.stages, dtype=jnp.int32)
+        return jax.vmap(ft.partial(self.stage, x), out_axes=1)(index, points)
+
+    def points(self, at: Iterate) -> Float[Array, "substeps stages size"]:
+        return self.starts(at.ys)[:, None] + weighted(self.tableau.A, at.ks)
+
+    def targets(
+        self, at: Iterate, values: Float[Array, "substeps parts stages size"]
+    ) -> Iterate:
+        ends = self.starts(at.ys) + weighted(self.tableau.b, at.ks)
+        return Iterate(ends, values)
+
+    def idle(self, at: Iterate) -> Float[Array, "substeps 1 1 size"]:
+        return jnp.zeros_like(at.ys)[:, None, None]
+
+    @property
+    def idle_jacobian(self) -> float:
+        return 0.0
+
+    def eliminate(self, J: Matrices) -> AbstractElimination:
+        return StageElimination(self.tableau, J, self.y0.size)
+
+    def net(self, r: Iterate) -> Float[Array, "substeps size"]:
+        return r.ys + weighted(self.tableau.b, r.ks)
+
+    def as_residual(
+        self, errors: Float[Array, "substeps parts stages size"]
+    ) -> Iterate:
+        return Iterate(jnp.max(errors, axis=(1, 2)), errors)
+
+    def interpolated(self, ys: Float[Array, "substeps size"]) -> Iterate:
+        # On the straight line between both ends, all increments are the same.
+        increments = (ys - self.starts(ys)) / self.tableau.parts
+        shape = (len(ys), *self.stages, ys.shape[1])
+        return Iterate(ys, jnp.broadcast_to(increments[:, None, None], shape))
+
+    def errors(self, ks: Float[Array, "substeps parts stages size"]) -> Array:
+        """The embedded error estimates."""
+        return weighted(self.tableau.b_error, ks)
+
+    def sequential(self) -> Iterate:
+        """The solution, one stage after the other. Must be explicit."""
+
+        # A loop over stages, too, as then the vector field has to be compiled only
+        # once. (It is no slower.)
+        def body(y, x):
+            def stage(i, k):
+                increment = jnp.sum(A[:, i] * k, axis=(0, 1))
+                return k.at[:, i].set(self.stage(x, i, y + increment))
+
+            k = lax.fori_loop(0, self.tableau.stages, stage, zeros)
+            y = y + jnp.sum(b * k, axis=(0, 1))
+            return y, (y, k)
+
+        A, b, zeros = self._constants()
+        _, (ys, ks) = lax.scan(body, self.y0, self.xs)
+        return Iterate(ys, ks)
+
+    def derivative(
+        self, at: Iterate, start: Float[Array, " size"], b: Iterate
+    ) -> Iterate:
+        def body(dy, inputs):
+            x, points, b_y, b_k = inputs
+
+            def stage(i, dk):
+                moved = dy + jnp.sum(A[:, i] * dk, axis=(0, 1))
+                value = lambda y: self.stage(x, i, y)
+                _, moved = jax.jvp(value, (points[i],), (moved,))
+                return dk.at[:, i].set(moved + b_k[:, i])
+
+            dk = lax.fori_loop(0, self.tableau.stages, stage, zeros)
+            dy = dy + jnp.sum(weights * dk, axis=(0, 1)) + b_y
+            return dy, (dy, dk)
+
+        A, weights, zeros = self._constants()
+        inputs = (self.xs, self.points(at), b.ys, b.ks)
+        _, (dys, dks) = lax.scan(body, start, inputs)
+        return Iterate(dys, dks)
+
+    def _constants(self):
+        # With an axis for the components.
+        dtype = self.y0.dtype
+        A = jnp.asarray(self.tableau.A[..., None], dtype)
+        b = jnp.asarray(self.tableau.b[..., None], dtype)
+        return A, b, jnp.zeros((*self.stages, self.y0.size), dtype)

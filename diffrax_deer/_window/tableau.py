@@ -1,0 +1,104 @@
+import dataclasses
+import functools as ft
+from typing import Any
+
+import numpy as np
+from diffrax import (
+    AbstractRungeKutta,
+    ButcherTableau,
+    ImplicitEuler,
+    MultiButcherTableau,
+)
+
+from .._collocation import AbstractCollocation
+
+
+# Compared by identity, for the sake of JAX: there is one for each kind of solver.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tableau:
+    """A Butcher tableau for each part of a differential equation.
+
+    All arrays have a leading axis for the parts, of which there are several only for
+    IMEX methods.
+    """
+
+    A: np.ndarray
+    b: np.ndarray
+    b_error: np.ndarray
+    c: np.ndarray
+    # Whether there is a term for each part, rather than a single term.
+    is_split: bool = False
+    # Whether the solver interpolates from its stages.
+    has_dense_stages: bool = True
+
+    @property
+    def parts(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def stages(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def is_explicit(self) -> bool:
+        return not np.triu(self.A).any()
+
+    @property
+    def is_diagonally_implicit(self) -> bool:
+        return not np.triu(self.A, 1).any()
+
+
+@ft.cache
+def _from_diffrax(cls: type) -> Tableau:
+    tableau: Any = cls.tableau
+    is_split = isinstance(tableau, MultiButcherTableau)
+    parts = tableau.tableaus if is_split else (tableau,)
+    return Tableau(
+        A=np.stack([_square(part) for part in parts]),
+        b=np.stack([part.b_sol for part in parts]),
+        b_error=np.stack([part.b_error for part in parts]),
+        c=np.stack([np.concatenate([[part.c1], part.c]) for part in parts]),
+        is_split=is_split,
+    )
+
+
+def _square(part: ButcherTableau) -> np.ndarray:
+    A = np.zeros((part.num_stages, part.num_stages))
+    for i, row in enumerate(part.a_lower):
+        A[i + 1, : i + 1] = row
+    if part.a_diagonal is not None:
+        A += np.diag(part.a_diagonal)
+    return A
+
+
+# Diffrax implements this one by hand. The first stage only serves to estimate errors.
+_implicit_euler = Tableau(
+    A=np.array([[[0.0, 0.0], [0.0, 1.0]]]),
+    b=np.array([[0.0, 1.0]]),
+    b_error=np.array([[-0.5, 0.5]]),
+    c=np.array([[0.0, 1.0]]),
+    has_dense_stages=False,
+)
+
+
+@ft.cache
+def _from_collocation(cls: type, stages: int) -> Tableau:
+    A, b, c, b_error = cls.coefficients(stages)
+    return Tableau(A[None], b[None], b_error[None], c[None])
+
+
+def tableau_of(solver: Any) -> Tableau | None:
+    """The tableau of a Runge--Kutta method, and `None` for any other solver."""
+    # Not `isinstance`: this is also true for solvers that wrap a Runge--Kutta method.
+    # A subclass may also have changed what a step is.
+    cls = type(solver)
+    if issubclass(cls, AbstractRungeKutta) and cls.step is AbstractRungeKutta.step:
+        return _from_diffrax(cls)
+    elif issubclass(cls, ImplicitEuler) and cls.step is ImplicitEuler.step:
+        return _implicit_euler
+    elif issubclass(cls, AbstractCollocation) and (
+        cls.step is AbstractCollocation.step
+    ):
+        return _from_collocation(cls, solver.stages)
+    else:
+        return None
