@@ -48,7 +48,10 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     Each step of `DeerSolver` is a *window*: it is split into `substeps` equal parts,
     over which the wrapped solver makes one step each. All of these are found at once,
     by an iteration whose every pass evaluates the vector field at all of them in
-    parallel, and solves a linear recurrence between them.
+    parallel, and solves a linear recurrence between them. If the wrapped solver is a
+    Runge--Kutta method, explicit or implicit, then this goes for all of its stages: a
+    pass is two evaluations that follow one another, of the vector field and of its
+    Jacobian, whatever the number of substeps and stages.
 
     - The solution is that of the wrapped solver on the same grid, up to the tolerance
         of this iteration. So are its order of convergence, stability, dense output, and
@@ -77,8 +80,15 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         with `adjoint=DirectAdjoint()` or `adjoint=ForwardMode()`.) It is also evaluated
         at guesses, which may be far from the solution.
 
-    The wrapped solver may be any one-step method of Diffrax. Explicit Runge--Kutta
-    methods are the fastest choice.
+    The wrapped solver may be any one-step method of Diffrax, or one of
+    [`diffrax_deer.GaussLegendre`][] and [`diffrax_deer.RadauIIA`][]. Of Runge--Kutta
+    methods those of high order need the fewest substeps, and implicit ones need no root
+    finder. Other methods (for SDEs, say) work as well, but are taken as a whole, so
+    that the evaluations in one step of them follow one another in every pass.
+
+    On a CPU, which gains nothing from doing more at once, the default `guess` is the
+    solution itself, by one step after the other. Then one pass finds that there is
+    nothing left to do.
 
     ??? cite "Reference"
 
@@ -333,7 +343,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
 DeerSolver.__init__.__doc__ = """**Arguments:**
 
-- `solver`: the solver to wrap, which makes every substep. Any one-step method.
+- `solver`: the solver to wrap, which makes every substep. Any one-step method. Defaults
+    to `diffrax.Dopri8()`.
 - `substeps`: the number of steps that each window is split into. A positive integer.
     With `substeps=1` this is the wrapped solver.
 - `method`: how the substeps are linearised. See [`diffrax_deer.AbstractMethod`][].
@@ -345,9 +356,9 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     the computation is going to run. If the `solver_state` passed to `diffeqsolve` is
     that of a window from exactly the same `t0` to exactly the same `t1`, then its
     trajectory is the first guess instead.
-- `rtol`, `atol`: the iteration ends once the trajectory is as close to that of the
-    wrapped solver as a tenth of `atol + rtol * abs(value)`, judging by how quickly it
-    converges. This has nothing to do with the accuracy of the wrapped solver. Where
+- `rtol`, `atol`: the iteration ends once the trajectory, stages included, is as close
+    to that of the wrapped solver as a tenth of `atol + rtol * abs(value)`, judging by
+    how quickly it converges. This has nothing to do with the accuracy of the wrapped solver. Where
     rounding errors alone are larger than that, the iteration ends when they are all
     that is left. `rtol` defaults to 1e-10 in double precision and to 5e-6 in single
     precision (the lowest precision of all leaves of the state). `atol` defaults to
@@ -355,6 +366,8 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
 - `norm`: a function `PyTree -> Scalar` that says how large a change is, relative to the
     tolerances. It is called with an array of shape `(substeps, size of the state)`.
 - `max_iters`: the maximum number of iterations for each window. A positive integer. If
-    more would be needed then the window fails. Defaults to `substeps`, which always
-    suffices if the solution is finite.
+    more would be needed then the window fails. Defaults to one more than there are
+    unknowns: `substeps`, times the number of stages plus one if the wrapped solver is a
+    Runge--Kutta method. If the wrapped solver is explicit and the solution finite, then
+    this always suffices.
 """

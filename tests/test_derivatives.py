@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from diffrax import ODETerm
-from diffrax_deer import AssociativeScan, DEER, DeerAdjoint, DeerSolver
+from diffrax_deer import AssociativeScan, DeerAdjoint, DeerSolver
 from jax.flatten_util import ravel_pytree
 
 from .helpers import (
@@ -142,7 +142,7 @@ def test_reverse_mode(adjoint, reference):
 @pytest.mark.parametrize(
     "solver",
     (
-        DeerSolver(diffrax.Tsit5(), 8, method=DEER("exact"), scan=AssociativeScan()),
+        DeerSolver(diffrax.Tsit5(), 8, scan=AssociativeScan()),
         DeerSolver(diffrax.Kvaerno3(root_finder=root_finder), 8),
         DeerSolver(diffrax.Euler(), 8),
     ),

@@ -1,7 +1,6 @@
 """The parts of the joint solve by themselves."""
 
 import functools as ft
-from typing import Any
 
 import diffrax
 import diffrax_deer._scan.auto
@@ -13,19 +12,14 @@ from diffrax import ODETerm
 from diffrax_deer import (
     AssociativeScan,
     AutoScan,
-    DEER,
     DeerAdjoint,
     DeerSolver,
     KernelScan,
     SequentialScan,
 )
-from diffrax_deer._batch import one_by_one_on_cpus
-from diffrax_deer._interpolation import uniform_grid
-from diffrax_deer._method._linearise import matrix_exponential, matrix_polynomial
-from diffrax_deer._step import is_ode, OneStepMap
-from diffrax_deer._window import Window
+from diffrax_deer._window import uniform_grid
 
-from .helpers import explicit_solvers, max_error, problem, solver_id
+from .helpers import max_error
 
 
 def _random_recurrence(length, size, reverse, is_diagonal=False):
@@ -154,111 +148,6 @@ def test_kernels_are_for_gpus(monkeypatch):
     assert not has_kernels("cuda", 2, jnp.float16)
     assert not has_kernels("cpu", 2)
     assert not has_kernels("tpu", 2)
-
-
-def test_batches_by_platform():
-    # Halves `x` until it is below `limit`, and says how often.
-    def fn(x__limit):
-        x, limit = x__limit
-        cond = lambda carry: carry[0] > limit
-        body = lambda carry: (carry[0] / 2, carry[1] + 1)
-        x, number = jax.lax.while_loop(cond, body, (x, 0))
-        return dict(x=x, number=number, name="fn")
-
-    def solve(x, limit):
-        out: Any = one_by_one_on_cpus(fn, (x, limit))
-        assert out.pop("name") == "fn"
-        return out
-
-    x, limit = jnp.array([1.0, 8.0, 100.0]), jnp.array([1.0, 3.0])
-    both = jax.vmap(jax.vmap(solve, in_axes=(0, None)), in_axes=(None, 0))
-    out = jax.jit(both)(x, limit)
-    assert out["number"].tolist() == [[0, 3, 7], [0, 2, 6]]
-    assert out["x"].tolist() == [[1, 1, 100 / 2**7], [1, 2, 100 / 2**6]]
-    eager = jax.vmap(solve, in_axes=(0, None))(x, 1.0)
-    assert eager["number"].tolist() == [0, 3, 7]
-
-    def num_loops(platform):
-        traced = jax.jit(jax.vmap(solve, in_axes=(0, None))).trace(x, 1.0)
-        hlo = traced.lower(lowering_platforms=(platform,)).as_text()
-        return hlo.count("stablehlo.while")
-
-    # Over the elements, and for each of them; and one for all.
-    assert num_loops("cpu") == 2
-    assert num_loops("cuda") == num_loops("tpu") == 1
-
-
-@pytest.mark.parametrize("scale", (0.0, 1e-3, 1.0, 30.0))
-def test_matrix_exponential(scale):
-    rng = np.random.default_rng(0)
-    X = jnp.array(scale * rng.normal(size=(5, 4, 4)))
-    exact = jax.vmap(jax.scipy.linalg.expm)(X)
-    assert max_error(matrix_exponential(X), exact) < 2e-2
-
-
-@pytest.mark.parametrize("degree", range(1, 14))
-def test_matrix_polynomial(degree):
-    rng = np.random.default_rng(0)
-    X = rng.normal(size=(5, 3, 3))
-    coefficients = rng.normal(size=degree + 1)
-    expected = sum(
-        c * np.stack([np.linalg.matrix_power(x, i) for x in X])
-        for i, c in enumerate(coefficients)
-    )
-    actual = matrix_polynomial(tuple(coefficients.tolist()), jnp.array(X))
-    assert max_error(actual, expected) < 1e-13
-
-
-@pytest.mark.parametrize("jacobian", ("linear_ode", "exact"))
-@pytest.mark.parametrize(
-    "solver",
-    (*explicit_solvers, diffrax.HalfSolver(diffrax.Heun())),
-    ids=solver_id,
-)
-def test_linearisation(jacobian, solver):
-    # Of a linear equation: exact.
-    J = jnp.array([[-3.0, 8.0], [-5.0, -2.0]])
-    term = ODETerm(lambda t, y, args: J @ y)
-    ts = jnp.linspace(0, 2, 6)
-    y0 = jnp.array([1.0, 2.0])
-    window = Window(step=OneStepMap(solver, term, y0, None), ts=ts, y0=y0)
-    ys = jnp.ones((5, 2))
-    A = DEER(jacobian).linearise(window, ys)
-    exact = window.jacobian(ys)
-    assert max_error(A[1:], exact[1:]) < 1e-12
-
-
-def test_matrix_exponential_of_stiff_matrices():
-    out = matrix_exponential(jnp.array([[[-1e6]], [[0.0]]]))
-    assert abs(out[0, 0, 0]) < 1e-6
-    assert abs(out[1, 0, 0] - 1) < 1e-6
-    assert jnp.isnan(matrix_exponential(jnp.array([[[jnp.nan]]]))).all()
-
-
-@pytest.mark.parametrize("solver", explicit_solvers, ids=solver_id)
-def test_fast_path(solver):
-    # To the last bits of Diffrax's own step.
-    term, y0, args = problem()
-    step = OneStepMap(solver, term, y0, args)
-    ours = step.substep(jnp.array(0.3), jnp.array(0.4), y0)
-    state = solver.init(term, 0.3, 0.4, y0, args)
-    y1, y_error, dense_info, _, _ = solver.step(term, 0.3, 0.4, y0, args, state, False)
-    assert max_error(ours.y1, y1) < 1e-15
-    if y_error is None:
-        assert ours.y_error is None
-    else:
-        assert jnp.max(jnp.abs(ours.y_error - y_error)) < 1e-16
-    assert max_error(ours.dense_info, dense_info) < 1e-15
-
-
-def test_is_ode():
-    term = ODETerm(lambda t, y, args: y)
-    control = diffrax.ControlTerm(lambda t, y, args: y, lambda t0, t1: t1 - t0)
-    assert is_ode(term)
-    assert is_ode(diffrax.MultiTerm(term, term))
-    assert not is_ode(control)
-    assert not is_ode(diffrax.MultiTerm(term, control))
-    assert not is_ode((term, term))
 
 
 def test_grid():

@@ -107,7 +107,7 @@ methods = (
     QuasiELK(0.01),
     Picard(),
     Jacobi(),
-    DEER("exact"),
+    DEER(),
 )
 
 

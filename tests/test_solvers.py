@@ -97,7 +97,7 @@ def test_one_substep_takes_one_iteration():
 @pytest.mark.parametrize(
     "kwargs",
     (
-        dict(method=DEER("exact")),
+        dict(method=DEER(), guess=ConstantGuess()),
         dict(scan=AssociativeScan()),
         dict(guess=ConstantGuess()),
     ),

@@ -1,4 +1,4 @@
-"""As many iterations as substeps always suffice, whatever the vector field."""
+"""As many iterations as unknowns always suffice, whatever the vector field."""
 
 import diffrax
 import equinox as eqx
@@ -104,7 +104,7 @@ def test_every_finite_problem(method, dtype, problem):
     away = np.copysign(4 * eps * np.maximum(np.abs(y0), np.abs(ref[0])), y0)
     nearby = np.asarray(_sequential(t1, y0 + away, args))
     ys, okay, num_iterations = map(np.asarray, _solve(method, t1, y0, args))
-    assert 0 < num_iterations <= SUBSTEPS
+    assert 0 < num_iterations <= SUBSTEPS * (tsit5.tableau.num_stages + 1) + 1
     assert np.isfinite(ys).all()
     largest = np.finfo(dtype).max / 100
     if np.isfinite(ref).all() and np.isfinite(nearby).all() and ref.max() < largest:
@@ -141,9 +141,6 @@ class _LowPrecisionScan(AbstractScan):
     def __call__(self, A, b, *, reverse=False):
         cast = lambda x: x.astype(jnp.bfloat16).astype(b.dtype)
         return cast(SequentialScan()(cast(A), cast(b), reverse=reverse))
-
-    def damped(self, A, b, damping):
-        return SequentialScan().damped(A, b, damping)
 
 
 @pytest.mark.parametrize("substeps", (1, 2, 3, 30))

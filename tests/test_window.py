@@ -1,0 +1,181 @@
+"""The window as one block system: its unknowns, its residual, its elimination."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from diffrax import ODETerm
+from diffrax_deer import DEER, GaussLegendre, QuasiDEER, RadauIIA, SequentialScan
+from diffrax_deer._implicit.linear import direct, iterative
+from diffrax_deer._window import Discretisation, Iterate, OneStepMap, tableau_of
+from jax.flatten_util import ravel_pytree
+
+from .helpers import explicit_solvers, max_error, problem, root_finder, solver_id
+
+
+def _imex(solver):
+    term, y0, args = problem()
+    return solver, diffrax.MultiTerm(term, ODETerm(lambda t, y, _: -2 * y)), y0, args
+
+
+implicit_solvers = (
+    diffrax.ImplicitEuler(root_finder=root_finder),
+    diffrax.Kvaerno3(root_finder=root_finder),
+    diffrax.Kvaerno4(root_finder=root_finder),
+    diffrax.Kvaerno5(root_finder=root_finder),
+    GaussLegendre(1),
+    GaussLegendre(3),
+    RadauIIA(2),
+)
+imex_solvers = (
+    diffrax.KenCarp3(root_finder=root_finder),
+    diffrax.KenCarp4(root_finder=root_finder),
+    diffrax.KenCarp5(root_finder=root_finder),
+    diffrax.Sil3(root_finder=root_finder),
+)
+opaque_solvers = (diffrax.HalfSolver(diffrax.Heun()),)
+solvers = (*explicit_solvers, *implicit_solvers, *imex_solvers, *opaque_solvers)
+
+
+def _problem(solver, substeps=5):
+    if solver in imex_solvers:
+        _, terms, y0, args = _imex(solver)
+    else:
+        terms, y0, args = problem()
+    ts = jnp.linspace(0.3, 1.1, substeps + 1)
+    return Discretisation(solver, terms, args, ts[:-1], ts[1:], y0)
+
+
+@pytest.mark.parametrize("solver", solvers, ids=solver_id)
+def test_outputs_are_those_of_the_solver(solver):
+    # Up to what its own root finder leaves.
+    discretisation = _problem(solver)
+    at = jax.jit(lambda: discretisation.sequential())()
+    outputs = discretisation.outputs(at)
+    step = OneStepMap(solver, discretisation.terms, discretisation.args)
+    y0 = discretisation.y0
+    for n, (t0, t1) in enumerate(zip(discretisation.t0s, discretisation.t1s)):
+        expected = jax.jit(step)(t0, t1, y0)
+        ours = jtu.tree_map(lambda x: x[n], outputs.dense_info)
+        assert max_error(at.ys[n], expected.y1) < 1e-14
+        assert max_error(ours, expected.dense_info) < 1e-14
+        if expected.y_error is not None:
+            errors = jnp.abs(outputs.y_error[n]) - jnp.abs(expected.y_error)
+            if tableau_of(solver) != GaussLegendre(1):
+                assert jnp.max(jnp.abs(errors)) < 1e-14 or jnp.isinf(errors).any()
+        y0 = expected.y1
+
+
+@pytest.mark.parametrize("solver", solvers, ids=solver_id)
+def test_residual(solver):
+    # There is none at the solution, and elsewhere there is.
+    window = _problem(solver).window
+    at = jax.jit(lambda: _problem(solver).sequential())()
+    targets = window.all_targets(at)
+    assert max_error((targets.ys, targets.ks), (at.ys, at.ks)) < 1e-10
+    away = window.interpolated(at.ys + 0.1)
+    assert max_error(window.all_targets(away).ys, away.ys) > 1e-3
+
+
+def _random(like, seed):
+    flat, unravel = ravel_pytree(like)
+    return unravel(jr.normal(jr.key(seed), flat.shape, flat.dtype))
+
+
+@pytest.mark.parametrize("solver", solvers, ids=solver_id)
+def test_linearised_equations(solver):
+    # Against a dense matrix, in both directions.
+    window = _problem(solver).window
+    at = window.interpolated(jr.normal(jr.key(0), (5, 3)))
+    flat_at, unravel = ravel_pytree(at)
+
+    def residual(y0, x):
+        moved = jtu.tree_map(lambda x: x, window)
+        object.__setattr__(moved, "y0", y0)
+        targets = moved.all_targets(unravel(x))
+        return x - ravel_pytree(targets)[0]
+
+    L0, L = jax.jacfwd(residual, (0, 1))(window.y0, flat_at)
+    b, start = _random(at, 1), jnp.array([0.3, -1.0, 2.0])
+    expected = jnp.linalg.solve(L, ravel_pytree(b)[0] - L0 @ start)
+    solves = {
+        "direct": direct(window, at, DEER(), SequentialScan()),
+        "iterative": iterative(window, at, QuasiDEER(), SequentialScan()),
+    }
+    if window.is_explicit:
+        solves["sequential"] = lambda start, b: window.derivative(at, start, b)
+    cotangent = _random(at, 2)
+    transposed = jnp.linalg.solve(L.T, ravel_pytree(cotangent)[0])
+    for solve in solves.values():
+        assert max_error(ravel_pytree(solve(start, b))[0], expected) < 1e-9
+        out_start, out = jax.linear_transpose(solve, start, b)(cotangent)
+        assert max_error(ravel_pytree(out)[0], transposed) < 1e-9
+        assert max_error(out_start, -L0.T @ transposed) < 1e-9
+
+
+@pytest.mark.parametrize("solver", solvers, ids=solver_id)
+def test_diagonal_jacobians(solver):
+    # Of components that do not depend on each other they are all there is.
+    terms = ODETerm(lambda t, y, args: jnp.sin(y) * jnp.cos(t))
+    if solver in imex_solvers:
+        terms = diffrax.MultiTerm(terms, ODETerm(lambda t, y, args: -(y**3)))
+    ts, y0 = jnp.linspace(0, 1, 5), jnp.array([1.0, 0.3, -2.0])
+    window = Discretisation(solver, terms, None, ts[:-1], ts[1:], y0).window
+    at = window.interpolated(jr.normal(jr.key(0), (4, 3)))
+    r = _random(at, 1)
+    methods = (DEER(), QuasiDEER(), QuasiDEER(samples=1, key=jr.key(3)))
+
+    def solve(method):
+        out = direct(window, at, method, SequentialScan())(jnp.ones(3), r)
+        return ravel_pytree(out)[0]
+
+    expected = solve(methods[0])
+    for method in methods[1:]:
+        assert max_error(solve(method), expected) < 1e-11
+
+
+@pytest.mark.parametrize("solver", (*explicit_solvers, *imex_solvers), ids=solver_id)
+def test_tableaus(solver):
+    tableau = tableau_of(solver)
+    assert tableau is not None
+    np.testing.assert_allclose(tableau.A.sum(-1), tableau.c, atol=1e-12)
+    np.testing.assert_allclose(tableau.b.sum(-1), 1, atol=1e-12)
+    assert tableau.is_explicit == (solver in explicit_solvers)
+    assert tableau.is_diagonally_implicit
+
+
+def test_solvers_of_ones_own():
+    class Changed(diffrax.Heun):
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    assert tableau_of(Changed()) is None
+    assert tableau_of(diffrax.HalfSolver(diffrax.Heun())) is None
+
+
+def test_interpolation():
+    discretisation = _problem(diffrax.Tsit5(), 40)
+    at = discretisation.sequential()
+    ts = jnp.array([0.3, 0.52, 1.1])
+    exact = diffrax.diffeqsolve(
+        *(discretisation.terms, diffrax.Dopri8(), 0.3, 1.1, 0.01),
+        *(discretisation.y0, discretisation.args),
+        saveat=diffrax.SaveAt(ts=ts),
+    ).ys
+    assert max_error(discretisation.evaluate(at, ts), exact) < 1e-8
+    interpolation = discretisation.interpolation(at, 11)
+    assert interpolation.t0 == discretisation.t0s[11]
+    assert max_error(interpolation.evaluate(ts[1]), exact[1]) < 1e-8
+
+
+def test_finite():
+    window = _problem(diffrax.Heun()).window
+    at = window.interpolated(jnp.ones((5, 3)).at[2, 0].set(jnp.nan))
+    at = Iterate(at.ys, at.ks.at[4, 0, 1, 0].set(jnp.inf))
+    finite = window.finite(at)
+    assert jnp.isfinite(finite.ks).all()
+    assert max_error(finite.ys[2], window.y0) == 0
+    assert max_error(finite.ys[4], jnp.ones(3)) == 0
