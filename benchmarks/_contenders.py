@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.integrate
 from diffrax_deer import DeerAdjoint, DeerSolver
-from diffrax_deer._step import OneStepMap
+from diffrax_deer._window import OneStepMap
 from jax.experimental.ode import odeint
 from jaxtyping import Array, Float
 
@@ -241,9 +241,9 @@ def _original_elk(task, iterations):
     substeps = 256
 
     def solve(y0, args):
-        step_map = OneStepMap(dfx.Tsit5(), task.term, y0, args)
+        step_map = OneStepMap(dfx.Tsit5(), task.term, args)
         dt = jnp.asarray(task.t1 / substeps, y0.dtype)
-        step = lambda y, t0: step_map(t0[0], t0[0] + dt, y)
+        step = lambda y, t0: step_map(t0[0], t0[0] + dt, y).y1
         t0s = dt * jnp.arange(substeps, dtype=y0.dtype)[:, None]
         guess = jnp.broadcast_to(y0, (substeps, y0.size))
         ys = elk_alg(step, y0, guess, t0s, num_iters=iterations, deer=True)

@@ -1,4 +1,4 @@
-"""Counts how often a vector field is evaluated, independently of what any solver says."""
+"""Counts how often a vector field is evaluated, whatever any solver says of that."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -74,7 +74,9 @@ class Counter:
         return y + zero
 
 
-def count(solve: Callable[[Callable], Any], vector_field: Callable) -> tuple[Any, Count]:
+def count(
+    solve: Callable[[Callable], Any], vector_field: Callable
+) -> tuple[Any, Count]:
     """`solve(vector_field)`, and how often it evaluates that."""
     counter = Counter()
     out = jax.block_until_ready(jax.jit(lambda: solve(counter.wrap(vector_field)))())

@@ -23,7 +23,6 @@ jax.config.update("jax_enable_x64", True)
 
 METHODS = {
     "DEER": deer.DEER(),
-    "DEER, exact": deer.DEER(jacobian="exact"),
     "QuasiDEER": deer.QuasiDEER(),
     "QuasiDEER, 4 samples": deer.QuasiDEER(samples=4),
     "ELK": deer.ELK(),

@@ -63,10 +63,6 @@ class LowPrecisionScan(AbstractScan):
         else:
             return jnp.einsum("nij,nj->ni", A, before) + b
 
-    def damped(self, A: Array, b: Array, damping: Array) -> Array:
-        low = (self._low(A), self._low(b), self._low(damping))
-        return self.scan.damped(*low).astype(b.dtype)
-
     def _low(self, x):
         # Never to infinity, which times zero would not be zero.
         largest = float(jnp.finfo(self.dtype).max)

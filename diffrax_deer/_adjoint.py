@@ -31,12 +31,12 @@ from ._scan import AutoScan
 from ._solver import DeerSolver
 from ._state import DeerState
 from ._trajectory import Trajectory
-from ._window import Discretisation, Iterate, uniform_grid
+from ._window import Discretisation, Iterate, tableau_of, uniform_grid
 
 
 # By default, keep trajectories of up to this many bytes, or if that is more, of up to
 # this many substeps.
-_MAX_BYTES = 2**20
+_MAX_BYTES = 2**23
 _MIN_SUBSTEPS = 2**12
 # By default, merge up to this many substeps, but keep their Jacobians below this many
 # bytes.
@@ -114,12 +114,13 @@ class DeerAdjoint(AbstractAdjoint):
         JAX has to know in advance for how many windows to allocate memory. This takes
         about
 
-        `5 * max_windows * points * (size + 1) * itemsize` bytes
+        `5 * max_windows * points * (size * (stages + 1) + 1) * itemsize` bytes
 
         for the trajectory and what is made of it, where `points` is the number of grid
         points in a window (`substeps`, or more if windows are merged), `size` is that
-        of the state, and `itemsize` is 8 in double and 4 in single precision. As on a
-        CPU it takes time to touch that memory, pass `diffeqsolve(..., max_steps=...)`
+        of the state, `stages` the number of stages if the solver is a Runge--Kutta
+        method (or zero), and `itemsize` is 8 in double and 4 in single precision. As on
+        a CPU it takes time to touch that memory, pass `diffeqsolve(..., max_steps=...)`
         or `max_windows` if you know how many are needed. In particular, pass
         `max_steps=1` if the whole solve is a single window.
 
@@ -324,6 +325,9 @@ class DeerAdjoint(AbstractAdjoint):
 
         window_size = steps_per_window * substeps
         if self.max_windows is None:
+            tableau = tableau_of(solver.solver if is_deer else solver)
+            stages = 0 if tableau is None else tableau.parts * tableau.stages
+            bytes_per_substep *= 1 + stages
             max_substeps = max(_MAX_BYTES // bytes_per_substep, _MIN_SUBSTEPS)
             max_windows = max(max_substeps // window_size, 1)
         else:
@@ -344,7 +348,7 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
     more are needed then this raises an error, or with `diffeqsolve(..., throw=False)`
     returns `RESULTS.max_steps_reached`. With solvers other than
     [`diffrax_deer.DeerSolver`][], every step is a window. Defaults to
-    `diffeqsolve(..., max_steps=...)`, or if that is less to as many as fit into 1 MiB
+    `diffeqsolve(..., max_steps=...)`, or if that is less to as many as fit into 8 MiB
     or make 4096 grid points, whichever is more.
 - `max_window_points`: the number of grid points in a window. A positive integer. Steps
     known in advance are merged until there are that many. Of solvers other than

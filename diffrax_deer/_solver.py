@@ -358,11 +358,11 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     trajectory is the first guess instead.
 - `rtol`, `atol`: the iteration ends once the trajectory, stages included, is as close
     to that of the wrapped solver as a tenth of `atol + rtol * abs(value)`, judging by
-    how quickly it converges. This has nothing to do with the accuracy of the wrapped solver. Where
-    rounding errors alone are larger than that, the iteration ends when they are all
-    that is left. `rtol` defaults to 1e-10 in double precision and to 5e-6 in single
-    precision (the lowest precision of all leaves of the state). `atol` defaults to
-    `0.01 * rtol`, or to as much less as the largest value is less than 1.
+    how quickly it converges. This has nothing to do with the accuracy of the wrapped
+    solver. Where rounding errors alone are larger than that, the iteration ends when
+    they are all that is left. `rtol` defaults to 1e-10 in double precision and to 5e-6
+    in single precision (the lowest precision of all leaves of the state). `atol`
+    defaults to `0.01 * rtol`, or to as much less as the largest value is less than 1.
 - `norm`: a function `PyTree -> Scalar` that says how large a change is, relative to the
     tolerances. It is called with an array of shape `(substeps, size of the state)`.
 - `max_iters`: the maximum number of iterations for each window. A positive integer. If

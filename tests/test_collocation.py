@@ -75,7 +75,9 @@ def test_order(solver):
     saveat = SaveAt(ts=jnp.linspace(0, 4, 9))
     true = exact(term, 0, 4, y0, args, saveat=saveat).ys[-1]
     order = solver.order(term)
-    substeps = (32, 64, 128) if order < 3 else (12, 18, 24) if order < 6 else (4, 6, 8)
+    substeps = (32, 64, 128) if order < 3 else (12, 18, 24)
+    if order > 6:
+        substeps = (8, 10, 12)
     errors = [max_error(_solve(solver, n).ys[-1], true) for n in substeps]
     slope, _ = np.polyfit(np.log(substeps), np.log(errors), 1)
     assert abs(-slope - order) < 0.5
@@ -92,7 +94,8 @@ def test_energy():
         r = jnp.sqrt(jnp.sum(q**2, axis=-1))
         return jnp.sum(p**2, axis=-1) / 2 - 1 / r
 
-    e, windows = 0.3, 500
+    # Windows end at any phase of the orbit.
+    e, windows = 0.3, 617
     y0 = (jnp.array([1 - e, 0.0]), jnp.array([0.0, ((1 + e) / (1 - e)) ** 0.5]))
     t1 = 1000 * 2 * jnp.pi
     sol = diffeqsolve(
@@ -109,7 +112,7 @@ def test_energy():
     error = jnp.abs(energies - energy(y0))
     assert jnp.max(error) < 1e-4
     # Nothing adds up.
-    assert jnp.max(error[-50:]) < 2 * jnp.max(error[:50]) + 1e-9
+    assert jnp.max(error[-60:]) < 1.5 * jnp.max(error[:60])
 
 
 @pytest.mark.parametrize("solver", (radau(2), radau(3)), ids=_id)

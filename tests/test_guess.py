@@ -67,7 +67,8 @@ guesses = {
     "coarse": CoarseGuess(),
     "nested": NestedGuess(),
     "twice nested": NestedGuess(levels=2, factor=2),
-    "nothing to nest": NestedGuess(levels=3, factor=300),
+    "nothing to nest": NestedGuess(levels=3, factor=300, guess=CoarseGuess()),
+    "fewer steps": CoarseGuess(steps=64),
 }
 
 
@@ -96,14 +97,14 @@ def test_by_platform(substeps, monkeypatch):
 @pytest.mark.parametrize("direction", (1, -1))
 def test_solution(direction):
     earlier = _solve(CoarseGuess(), direction=direction)
-    for mu, num_iterations in ((2.0, 2), (2.05, 8)):
+    for mu, num_iterations in ((2.0, 3), (2.05, 8)):
         sol = _solve(SolutionGuess(earlier), mu, direction=direction)
         assert max_error(sol.ys, _reference(mu)) < 1e-9
         assert sol.stats["num_iterations"] <= num_iterations
     # Whatever the windows are.
     sol = _solve(SolutionGuess(earlier), windows=4, substeps=64, direction=direction)
     assert max_error(sol.ys, _reference()) < 1e-9
-    assert sol.stats["num_iterations"] <= 4 * 2
+    assert sol.stats["num_iterations"] <= 4 * 3
 
 
 def test_path():
@@ -156,7 +157,7 @@ def test_coarse_guess_of_a_stiff_problem():
     ts = jnp.linspace(0, 1, 65)
     y0 = jnp.array([1.0])
     constant = _values(ConstantGuess(), term, ts, y0)
-    for guess in (CoarseGuess(), NestedGuess()):
+    for guess in (CoarseGuess(steps=16), NestedGuess()):
         assert jnp.array_equal(_values(guess, term, ts, y0), constant)
 
 
@@ -256,5 +257,5 @@ def test_nested_guess_of_a_chaotic_solution():
         max_steps=1,
         adjoint=DeerAdjoint(),
     )
-    # From a constant guess it takes hundreds.
-    assert sol.stats["num_iterations"] <= 12
+    # Where Tsit5 makes 28,672 evaluations.
+    assert sol.stats["sequential_evaluations"] <= 600

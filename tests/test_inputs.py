@@ -12,7 +12,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 from diffrax import ODETerm, RESULTS
-from diffrax_deer import CoarseGuess, DEER, DeerSolver
+from diffrax_deer import CoarseGuess, ConstantGuess, DEER, DeerSolver
 
 from .helpers import (
     diffeqsolve,
@@ -292,8 +292,6 @@ def test_bad_arguments(kwargs, error, match):
 
 
 def test_bad_arguments_of_parts():
-    with pytest.raises(ValueError, match="jacobian"):
-        DEER("approximate")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"CoarseGuess\(steps"):
         CoarseGuess(steps=0)
     with pytest.raises(ValueError, match=r"CoarseGuess\(solver"):
@@ -367,7 +365,8 @@ def test_nonfinite_adaptive():
 
 
 def test_not_converged():
-    solver = DeerSolver(diffrax.Tsit5(), 32, max_iters=2)
+    guess = ConstantGuess()
+    solver = DeerSolver(diffrax.Tsit5(), 32, guess=guess, max_iters=4)
     term, y0, args = problem()
 
     def solve(**kwargs):
@@ -389,6 +388,10 @@ def test_failure_of_the_wrapped_solver():
     root_finder = optx.Newton(rtol=1e-10, atol=1e-10)
     solver = diffrax.ImplicitEuler(root_finder=root_finder, root_find_max_steps=1)
     stiff = lambda t, y, args: -(y**3)
+    # There is nothing to iterate on, if its stages are found jointly.
+    sol = _solve(stiff, jnp.full(2, 3.0), DeerSolver(solver, 4), throw=False)
+    assert sol.result == RESULTS.successful
+    solver = diffrax.HalfSolver(solver)
     sol = _solve(stiff, jnp.full(2, 3.0), DeerSolver(solver, 4), throw=False)
     assert sol.result == RESULTS.nonlinear_max_steps_reached
     implicit = diffrax.ImplicitEuler()

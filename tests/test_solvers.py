@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffrax import ODETerm
-from diffrax_deer import AssociativeScan, ConstantGuess, DEER, DeerSolver
+from diffrax_deer import (
+    AssociativeScan,
+    ConstantGuess,
+    DEER,
+    DeerSolver,
+    SolutionGuess,
+)
 
 from .helpers import (
     diffeqsolve,
@@ -144,11 +150,10 @@ def test_many_substeps_beyond_the_tolerance(dtype):
         saveat=SaveAt(steps=True),
         max_steps=4097,
     ).ys[:4096]
-    solver = DeerSolver(diffrax.Tsit5(), 4096)
+    ts = np.linspace(0, t1, 4097, dtype=dtype)
+    path = diffrax.LinearInterpolation(ts, jnp.concatenate([y0[None], guess_from]))
+    solver = DeerSolver(diffrax.Tsit5(), 4096, guess=SolutionGuess(path))
     state = solver.init(ODETerm(lorenz), dtype(0), dtype(t1), y0, None)
-    state = eqx.tree_at(
-        lambda s: (s.t0, s.t1, s.ys), state, (dtype(0), dtype(t1), guess_from)
-    )
     out = jax.jit(
         lambda: solver.step(
             ODETerm(lorenz), dtype(0), dtype(t1), y0, None, state, False

@@ -1,6 +1,9 @@
 """The window as one block system: its unknowns, its residual, its elimination."""
 
+from typing import Any
+
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -40,6 +43,9 @@ opaque_solvers = (diffrax.HalfSolver(diffrax.Heun()),)
 solvers = (*explicit_solvers, *implicit_solvers, *imex_solvers, *opaque_solvers)
 
 
+step_jit = eqx.filter_jit(lambda step, *args: step(*args))
+
+
 def _problem(solver, substeps=5):
     if solver in imex_solvers:
         _, terms, y0, args = _imex(solver)
@@ -54,18 +60,20 @@ def test_outputs_are_those_of_the_solver(solver):
     # Up to what its own root finder leaves.
     discretisation = _problem(solver)
     at = jax.jit(lambda: discretisation.sequential())()
-    outputs = discretisation.outputs(at)
+    outputs: Any = discretisation.outputs(at)
     step = OneStepMap(solver, discretisation.terms, discretisation.args)
     y0 = discretisation.y0
     for n, (t0, t1) in enumerate(zip(discretisation.t0s, discretisation.t1s)):
-        expected = jax.jit(step)(t0, t1, y0)
+        expected: Any = step_jit(step, t0, t1, y0)
         ours = jtu.tree_map(lambda x: x[n], outputs.dense_info)
         assert max_error(at.ys[n], expected.y1) < 1e-14
         assert max_error(ours, expected.dense_info) < 1e-14
         if expected.y_error is not None:
-            errors = jnp.abs(outputs.y_error[n]) - jnp.abs(expected.y_error)
-            if tableau_of(solver) != GaussLegendre(1):
-                assert jnp.max(jnp.abs(errors)) < 1e-14 or jnp.isinf(errors).any()
+            if solver == GaussLegendre(1):
+                assert jnp.isinf(expected.y_error).all()
+            else:
+                difference = outputs.y_error[n] - expected.y_error
+                assert jnp.max(jnp.abs(difference)) < 1e-14
         y0 = expected.y1
 
 
@@ -77,7 +85,8 @@ def test_residual(solver):
     targets = window.all_targets(at)
     assert max_error((targets.ys, targets.ks), (at.ys, at.ks)) < 1e-10
     away = window.interpolated(at.ys + 0.1)
-    assert max_error(window.all_targets(away).ys, away.ys) > 1e-3
+    r = jtu.tree_map(jnp.subtract, window.all_targets(away), away)
+    assert jnp.max(jnp.abs(window.net(r))) > 1e-3
 
 
 def _random(like, seed):
@@ -103,9 +112,9 @@ def test_linearised_equations(solver):
     expected = jnp.linalg.solve(L, ravel_pytree(b)[0] - L0 @ start)
     solves = {
         "direct": direct(window, at, DEER(), SequentialScan()),
-        "iterative": iterative(window, at, QuasiDEER(), SequentialScan()),
     }
     if window.is_explicit:
+        solves["iterative"] = iterative(window, at, QuasiDEER(), SequentialScan())
         solves["sequential"] = lambda start, b: window.derivative(at, start, b)
     cotangent = _random(at, 2)
     transposed = jnp.linalg.solve(L.T, ravel_pytree(cotangent)[0])
@@ -140,6 +149,10 @@ def test_diagonal_jacobians(solver):
 @pytest.mark.parametrize("solver", (*explicit_solvers, *imex_solvers), ids=solver_id)
 def test_tableaus(solver):
     tableau = tableau_of(solver)
+    if isinstance(solver, diffrax.Euler):
+        # A single evaluation in any case.
+        assert tableau is None
+        return
     assert tableau is not None
     np.testing.assert_allclose(tableau.A.sum(-1), tableau.c, atol=1e-12)
     np.testing.assert_allclose(tableau.b.sum(-1), 1, atol=1e-12)
@@ -160,7 +173,7 @@ def test_interpolation():
     discretisation = _problem(diffrax.Tsit5(), 40)
     at = discretisation.sequential()
     ts = jnp.array([0.3, 0.52, 1.1])
-    exact = diffrax.diffeqsolve(
+    exact: Any = diffrax.diffeqsolve(
         *(discretisation.terms, diffrax.Dopri8(), 0.3, 1.1, 0.01),
         *(discretisation.y0, discretisation.args),
         saveat=diffrax.SaveAt(ts=ts),

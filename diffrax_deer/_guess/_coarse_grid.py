@@ -4,7 +4,6 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Real
 
 from .._window import Discretisation, Iterate
-from .constant import ConstantGuess
 
 
 def coarse_grid(
@@ -33,7 +32,7 @@ def unless_constant_is_better(
         return jnp.where(jnp.isfinite(size), size, jnp.inf)
 
     guess = window.interpolated(ys)
-    constant, _ = ConstantGuess()(problem, None)
+    constant = window.interpolated(jnp.broadcast_to(window.y0[None], ys.shape))
     both = jtu.tree_map(lambda *x: jnp.stack(x), guess, constant)
     best = jnp.argmin(jax.vmap(size)(both))
     return jtu.tree_map(lambda x: x[best], both)

@@ -12,7 +12,7 @@ from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, AutoScan
 from .._state import DeerState
 from .._window import Discretisation, Iterate
-from ._coarse_grid import coarse_grid
+from ._coarse_grid import coarse_grid, unless_constant_is_better
 from .base import AbstractGuess
 from .constant import ConstantGuess
 
@@ -28,9 +28,9 @@ class NestedGuess(AbstractGuess):
 
     For that in turn a guess is needed, which may be the solution on a grid that is
     coarser still. As in a multigrid method, most iterations are then made where they
-    cost least. It suits long windows. Where the iteration on a coarser grid does not
-    converge (much coarser grids may tell nothing about the solution, as if it is
-    chaotic), this is the guess that it began with.
+    cost least. It suits long windows. Where a coarser grid tells nothing about the
+    solution (as it may, if this is chaotic, or the solver unstable), this falls back to
+    the constant guess.
     """
 
     levels: int = eqx.field(default=1, static=True)
@@ -78,7 +78,9 @@ class NestedGuess(AbstractGuess):
         okay = solution.result == RESULTS.successful
         at = _where(okay, solution.at, first)
         ys = problem.ravel_all(coarse.evaluate(at, problem.t1s))
-        return problem.window.interpolated(ys), span + solution.span
+        # Of the last comparison, too.
+        span = span + solution.span + 1
+        return unless_constant_is_better(problem, ys), span
 
 
 def _where(pred, x: Iterate, y: Iterate) -> Iterate:

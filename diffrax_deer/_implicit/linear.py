@@ -36,8 +36,9 @@ def linear_solve(
     if jax.default_backend() == "cpu" and window.is_explicit:
         # Nothing is gained from more work at once.
         return lambda start, b: window.derivative(at, start, b)
-    elif J.ndim == points.ndim + 1:
-        # Full Jacobians are too large to be formed.
+    elif J.ndim == points.ndim + 1 and window.is_explicit:
+        # Full Jacobians are too large to be formed. (If it is implicit then nothing
+        # says that the iteration converges.)
         return iterative(window, at, method, scan)
     else:
         return direct(window, at, DEER(), scan)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -20,6 +20,9 @@ from .._method import AbstractMethod
 from .._scan import AbstractScan
 from .._window import AbstractWindow, Iterate
 from .linear import linear_solve
+
+
+_T = TypeVar("_T")
 
 
 class Chunks(eqx.Module):
@@ -211,11 +214,11 @@ def _replace(window: AbstractWindow, **fields: Any) -> AbstractWindow:
     return out
 
 
-def without_gradient(fn) -> PyTree[Array]:
+def without_gradient(fn: Callable[[], _T]) -> _T:
     """`fn()`, as a constant."""
     # Hoist everything that `fn` closes over, and stop the gradient there. Otherwise JAX
     # would differentiate the operations of the iteration, or complain that it cannot.
-    converted = eqx.filter_closure_convert(fn)
+    converted: Any = eqx.filter_closure_convert(fn)
     dynamic, static = eqx.partition(converted, eqx.is_array)
     return eqx.combine(lax.stop_gradient(dynamic), static)()
 

@@ -127,7 +127,8 @@ class Iteration(eqx.Module):
         window, at = self.window, state.at
         seen = self.look(at)
         rounding = self.rounding(seen, state.terms)
-        excess, drift = _largest(seen.r, rounding), _drift(window, seen.r, rounding)
+        excesses, drift = _excesses(seen.r, rounding), _drift(window, seen.r, rounding)
+        excess = jnp.max(excesses, initial=0)
         is_exact = jnp.all(seen.exists) & state.convergence.is_exact(excess, drift)
 
         # In a batch, all or none: a `cond` that differs between elements is no saving.
@@ -138,8 +139,11 @@ class Iteration(eqx.Module):
             lambda: self.no_correction(seen, state),
         )
         new, usable = seen.corrected(delta)
-        is_lost = jnp.invert(seen.is_known | (usable & seen.has_neighbours))
-        lost = self.lost(state, new, is_lost, seen.is_known)
+        # Where nothing arrives, or nothing departs from. (If left as they are, these
+        # would come back one by one.)
+        is_lost = jnp.invert(usable & seen.exists & seen.followed)
+        may_be_lost = jnp.invert(up_to_front((excesses > 1) | jnp.invert(seen.exists)))
+        lost = self.lost(state, new, is_lost, may_be_lost)
         new = restart(window, new, lost)
 
         change = self.change(at, new)
@@ -147,7 +151,8 @@ class Iteration(eqx.Module):
         if is_noisy(window.eps):
             heard = window.noise(seen.points, seen.r, standstill)
             rounding = jtu.tree_map(jnp.add, rounding, window.as_residual(heard))
-        stagnates = standstill & (_largest(seen.r, rounding) <= 1)
+        noisy_excess = jnp.max(_excesses(seen.r, rounding), initial=0)
+        stagnates = standstill & (noisy_excess <= 1)
         is_close = state.convergence.is_close(change, is_telling)
         # Another correction may even make it worse, as it amplifies rounding errors.
         is_solved = is_exact | stagnates
@@ -172,13 +177,17 @@ class Iteration(eqx.Module):
         window = self.window
         points = window.points(at)
         values, jacobians = self.method.linearise(window, points)
-        # XLA must not evaluate this twice, and round differently where it is fused with
-        # something else: residuals that are zero would not be.
-        values = lax.optimization_barrier(values)
         # Far from the solution, vector fields may overflow or leave their domain.
         okay = is_finite(values)
         values = jnp.where(okay[..., None], values, window.idle(at))
-        targets = window.targets(at, values)
+        # This need not be a failure, but an error estimate made of it must be large.
+        is_optional = jnp.asarray(window.is_optional)[None]
+        too_much = (is_optional & jnp.invert(okay))[..., None]
+        values = jnp.where(too_much, jnp.finfo(values.dtype).max / 8, values)
+        okay = okay | is_optional
+        # XLA must not evaluate this twice, and round differently where it is fused with
+        # something else: residuals that are zero would not be.
+        values, targets = lax.optimization_barrier((values, window.targets(at, values)))
         return _Seen(
             at=at,
             points=points,
@@ -223,13 +232,14 @@ class Iteration(eqx.Module):
         state: State,
         new: Iterate,
         is_lost: Bool[Array, " substeps"],
-        is_known: Bool[Array, " substeps"],
+        may_be_lost: Bool[Array, " substeps"],
     ) -> Int[Array, ""]:
         """From which substep on to begin again, if at all."""
+        is_lost = is_lost & may_be_lost
         if not self.window.is_bounded:
             return first_of(is_lost)
         delta = jtu.tree_map(jnp.subtract, new, state.at)
-        is_large = too_large(self.window.y0, new, delta) & jnp.invert(is_known)
+        is_large = too_large(self.window.y0, new, delta) & may_be_lost
         # To begin again where that has just been done does not help.
         helps = first_of(is_large) > state.lost
         helps = helps | (state.lost == len(is_lost))
@@ -280,10 +290,9 @@ class _Seen(eqx.Module):
         return up_to_front(is_open | jnp.invert(self.exists))
 
     @property
-    def has_neighbours(self) -> Bool[Array, " substeps"]:
-        """Which substeps lead to anything that can be departed from again. (If left as
-        they are, the others would come back one by one.)"""
-        return self.exists & jnp.concatenate([self.exists[1:], jnp.array([True])])
+    def followed(self) -> Bool[Array, " substeps"]:
+        """Which substeps end where the next one leads to anything."""
+        return jnp.concatenate([self.exists[1:], jnp.array([True])])
 
     def corrected(self, delta: Iterate) -> tuple[Iterate, Bool[Array, " substeps"]]:
         """The next iterate, and where it is of any use."""
@@ -291,10 +300,10 @@ class _Seen(eqx.Module):
         # exact to the last bit. At least one more unknown is, in every iteration.
         add = lambda target, delta, r: target + (delta - r)
         new = jtu.tree_map(add, self.targets, delta, self.r)
-        usable = is_finite(new.ys) & jnp.all(is_finite(new.ks), axis=(1, 2))
-        ys = jnp.where(usable[:, None], new.ys, self.at.ys)
-        ks = jnp.where(usable[:, None, None, None], new.ks, self.at.ks)
-        return Iterate(ys, ks), usable
+        ys_okay, ks_okay = is_finite(new.ys), is_finite(new.ks)
+        ys = jnp.where(ys_okay[:, None], new.ys, self.at.ys)
+        ks = jnp.where(ks_okay[..., None], new.ks, self.at.ks)
+        return Iterate(ys, ks), ys_okay & jnp.all(ks_okay, axis=(1, 2))
 
 
 def _terms(J, points):
@@ -307,10 +316,12 @@ def _terms(J, points):
         return jnp.sum(weights * points[..., None, :], axis=-1)
 
 
-def _largest(r: Iterate, bound: Iterate) -> Float[Array, ""]:
+def _excesses(r: Iterate, bound: Iterate) -> Float[Array, " substeps"]:
+    """How large the residuals of each substep are, in units of their bounds."""
     ratio = lambda r, bound: jnp.where(r == 0, 0, jnp.abs(r) / bound)
     ratios = jtu.tree_map(ratio, r, bound)
-    return jnp.maximum(jnp.max(ratios.ys, initial=0), jnp.max(ratios.ks, initial=0))
+    ys, ks = jnp.max(ratios.ys, axis=1, initial=0), ratios.ks
+    return jnp.maximum(ys, jnp.max(ks, axis=(1, 2, 3), initial=0))
 
 
 def _drift(window: AbstractWindow, r: Iterate, rounding: Iterate) -> Float[Array, ""]:

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._linear_algebra import Matrices
@@ -73,6 +74,10 @@ class StageWindow(AbstractWindow):
 
     def idle(self, at: Iterate) -> Float[Array, "substeps 1 1 size"]:
         return jnp.zeros_like(at.ys)[:, None, None]
+
+    @property
+    def is_optional(self) -> np.ndarray:
+        return self.tableau.is_optional
 
     @property
     def idle_jacobian(self) -> float:

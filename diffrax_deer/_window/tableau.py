@@ -44,6 +44,14 @@ class Tableau:
         return not np.triu(self.A).any()
 
     @property
+    def is_optional(self) -> np.ndarray:
+        """Which stages are only there for an error estimate or for dense output."""
+        matters = (self.b != 0).any(0)
+        for _ in range(self.stages):
+            matters |= (self.A[:, matters] != 0).any((0, 1))
+        return np.broadcast_to(~matters, self.b.shape)
+
+    @property
     def is_diagonally_implicit(self) -> bool:
         return not np.triu(self.A, 1).any()
 
