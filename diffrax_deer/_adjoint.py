@@ -36,7 +36,7 @@ from ._window import Discretisation, Iterate, tableau_of, uniform_grid
 
 # By default, keep trajectories of up to this many bytes, or if that is more, of up to
 # this many substeps.
-_MAX_BYTES = 2**23
+_MAX_BYTES = 2**21
 _MIN_SUBSTEPS = 2**12
 # By default, merge up to this many substeps, but keep their Jacobians below this many
 # bytes.
@@ -348,7 +348,7 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
     more are needed then this raises an error, or with `diffeqsolve(..., throw=False)`
     returns `RESULTS.max_steps_reached`. With solvers other than
     [`diffrax_deer.DeerSolver`][], every step is a window. Defaults to
-    `diffeqsolve(..., max_steps=...)`, or if that is less to as many as fit into 8 MiB
+    `diffeqsolve(..., max_steps=...)`, or if that is less to as many as fit into 2 MiB
     or make 4096 grid points, whichever is more.
 - `max_window_points`: the number of grid points in a window. A positive integer. Steps
     known in advance are merged until there are that many. Of solvers other than
@@ -469,7 +469,6 @@ def _as_if_not_merged(final_state, init_state, controller, windows, num_steps):
         t0=windows.ts[last],
         t1=windows.ts[last + 1],
         ys=jtu.tree_map(last_step, window_state.ys),
-        stages=last_step(window_state.stages),
         num_iterations=window_state.num_iterations,
         sequential_evaluations=window_state.sequential_evaluations,
     )

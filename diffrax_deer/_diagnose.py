@@ -296,21 +296,20 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         deer_state, direction = solver_state
-        y1, y_error, _, new_deer_state, result = self.solver.step(
-            terms, t0, t1, y0, args, deer_state, made_jump
-        )
+        del made_jump
         ts = uniform_grid(t0, t1, self.solver.substeps)
+        y1, y_error, _, new_deer_state, result, at = self.solver.solve_window(
+            terms, ts, y0, args, deer_state
+        )
         problem = Discretisation(self.solver.solver, terms, args, ts[:-1], ts[1:], y0)
         iteration = self.solver.iteration(problem)
         guess, _ = self.solver.first_guess(problem, deer_state)
         state, residuals, fronts = _observe(iteration, guess, self.history)
-        ys = problem.ravel_all(new_deer_state.ys)
-        at = Iterate(ys, new_deer_state.stages)
         growth, direction = _growth(problem.window, at, direction)
         # As floating point numbers, for Diffrax fills what it does not use with `inf`.
         info = dict(
-            okay=(result == RESULTS.successful).astype(ys.dtype),
-            num_iterations=state.num_iterations.astype(ys.dtype),
+            okay=(result == RESULTS.successful).astype(at.ys.dtype),
+            num_iterations=state.num_iterations.astype(at.ys.dtype),
             residuals=residuals,
             fronts=fronts,
             growth=growth,

@@ -23,10 +23,7 @@ def propagated_error(
     errors: Float[Array, "substeps size"],
 ) -> Float[Array, " size"]:
     """What errors made in the substeps have become at the end of the window."""
-    window, at, scan = iteration.window, solution.at, iteration.scan
-
-    def from_last_linearisation():
-        return scan(solution.A, errors)
+    window, at, A, scan = iteration.window, solution.at, solution.A, iteration.scan
 
     def from_scratch():
         # The derivative of the solution is what becomes of them.
@@ -34,12 +31,12 @@ def propagated_error(
         b = Iterate(errors, jnp.zeros_like(at.ks))
         return propagate(jnp.zeros_like(window.y0), b).ys
 
-    if solution.A.ndim == errors.ndim:
+    if A is None or A.ndim == errors.ndim:
         # Diagonals are not good enough: methods must not influence the error.
         propagated = from_scratch()
     else:
         propagated = lax.cond(
-            eqxi.unvmap_all(solution.has_A), from_last_linearisation, from_scratch
+            eqxi.unvmap_all(solution.has_A), lambda: scan(A, errors), from_scratch
         )
     # That alone would miss it if an explicit solver is unstable on one part of the
     # window, and the difference to the true solution is then damped on another. So also

@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Real
 from ._custom_types import RealScalarLike
 from ._event import first_crossing
 from ._solver import DeerSolver
-from ._state import DeerState
 from ._window import Discretisation, Substep, tableau_of, uniform_grid
 
 
@@ -85,12 +84,12 @@ class StepWindows(eqx.Module):
         return self.solver.solver if type(self.solver) is DeerSolver else self.solver
 
     def make(self, terms, t0, t1, y0, args, solver_state, made_jump) -> _Made:
+        ts = uniform_grid(t0, t1, self.size)
+        if type(self.solver) is DeerSolver:
+            return _solve_window(self.solver, ts, terms, y0, args, solver_state)
         y1, y_error, dense_info, state, result = self.solver.step(
             terms, t0, t1, y0, args, solver_state, made_jump
         )
-        ts = uniform_grid(t0, t1, self.size)
-        if type(self.solver) is DeerSolver:
-            return _made(y1, y_error, ts, state, state, result)
         step = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0)
         substep = Substep(y1, y_error, dense_info, result)
         return _Made(
@@ -126,15 +125,17 @@ class MergedWindows(eqx.Module):
             ts[:-1], ts[1:], self.solver.substeps
         )
         ts = jnp.append(grid[:, :-1].reshape(-1), t1)
-        y1, y_error, _, state, result = self.solver.solve_window(
-            terms, ts, y0, args, None
-        )
-        return _made(y1, y_error, ts, state, (index + 1, state), result)
+        made = _solve_window(self.solver, ts, terms, y0, args, None)
+        state = (index + 1, made.solver_state)
+        return eqx.tree_at(lambda m: m.solver_state, made, state)
 
 
-def _made(y1, y_error, ts, state: DeerState, solver_state, result) -> _Made:
+def _solve_window(solver: DeerSolver, ts, terms, y0, args, solver_state) -> _Made:
+    y1, y_error, _, state, result, at = solver.solve_window(
+        terms, ts, y0, args, solver_state
+    )
     return _Made(
-        *(y1, y_error, ts, state.ys, state.stages, solver_state, result),
+        *(y1, y_error, ts, state.ys, at.ks, state, result),
         num_iterations=state.num_iterations,
         sequential_evaluations=state.sequential_evaluations,
     )
@@ -265,9 +266,8 @@ def record(
     if merged:
         # The trajectory is not used: there is no window twice.
         longer = lambda x: jnp.zeros((windows.size, *x.shape[1:]), x.dtype)
-        longer = jtu.tree_map(longer, (solver_state.ys, solver_state.stages))
-        solver_state = eqx.tree_at(lambda s: (s.ys, s.stages), solver_state, longer)
-        solver_state = (0, solver_state)
+        longer = jtu.tree_map(longer, solver_state.ys)
+        solver_state = (0, eqx.tree_at(lambda s: s.ys, solver_state, longer))
         controller_state = 1
         controller = _MergedController(windows.ts, windows.steps)  # pyright: ignore
         tnext = windows.ts[windows.steps]

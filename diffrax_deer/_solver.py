@@ -14,7 +14,6 @@ from diffrax import (
     Dopri8,
     RESULTS,
 )
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree, Real
 
 from ._checks import (
@@ -36,7 +35,6 @@ from ._state import DeerState
 from ._window import (
     Discretisation,
     Iterate,
-    tableau_of,
     uniform_grid,
     WindowInterpolationFactory,
 )
@@ -86,9 +84,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     finder. Other methods (for SDEs, say) work as well, but are taken as a whole, so
     that the evaluations in one step of them follow one another in every pass.
 
-    On a CPU, which gains nothing from doing more at once, the default `guess` is the
-    solution itself, by one step after the other. Then one pass finds that there is
-    nothing left to do.
+    On a CPU, which gains nothing from doing more at once, the default `guess` of an
+    explicit solver is its solution, by one step after the other, and there is nothing
+    left to do. (`DeerSolver(guess=ConstantGuess())` does what a GPU does.)
 
     ??? cite "Reference"
 
@@ -192,8 +190,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         del terms, t1, args
         # Equal to the times of no window.
         never, zero = jnp.full_like(t0, jnp.nan), jnp.array(0, jnp.int32)
-        ys, stages = self._zero_trajectory(y0)
-        return DeerState(never, never, ys, stages, zero, zero)
+        return DeerState(never, never, self._zero_trajectory(y0), zero, zero)
 
     def step(
         self,
@@ -209,7 +206,10 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         check_state(y0, "y0")
         self._check_solver_state(solver_state, y0)
         ts = uniform_grid(t0, t1, self.substeps)
-        return self.solve_window(terms, ts, y0, args, solver_state)
+        y1, y_error, dense_info, state, result, _ = self.solve_window(
+            terms, ts, y0, args, solver_state
+        )
+        return y1, y_error, dense_info, state, result
 
     def solve_window(
         self,
@@ -218,11 +218,14 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         y0: Y,
         args: Args,
         solver_state: DeerState | None,
-    ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
-        """As `step`, but on any grid, which also may have any number of substeps."""
+    ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS, Iterate]:
+        """As `step`, but on any grid, which also may have any number of substeps. And
+        it also returns the flattened trajectory."""
         problem = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0)
         solution = joint_solve(
-            self.iteration(problem), lambda: self.first_guess(problem, solver_state)
+            self.iteration(problem),
+            lambda: self.first_guess(problem, solver_state),
+            is_solution=self.guess.is_solution(problem),
         )
         at, unravel = solution.at, problem.unravel
         outputs = problem.outputs(at)
@@ -247,12 +250,11 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             t0=ts[0],
             t1=ts[-1],
             ys=lax.stop_gradient(problem.unravel_all(at.ys)),
-            stages=lax.stop_gradient(at.ks),
             num_iterations=solution.num_iterations,
             sequential_evaluations=solution.span,
         )
         dense_info = dict(dense_infos=outputs.dense_info)
-        return y1, y_error, dense_info, new_solver_state, result
+        return y1, y_error, dense_info, new_solver_state, result, at
 
     def iteration(self, problem: Discretisation) -> Iteration:
         """What solves a window."""
@@ -276,13 +278,18 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             self._check_guess(guess, problem)
             return guess, jnp.asarray(span, jnp.int32)
 
-        if solver_state is None:
+        if self.guess.is_solution(problem):
+            return cold()
+        elif solver_state is None:
             guess, span = cold()
         else:
             ts = problem.ts
             same_window = (solver_state.t0 == ts[0]) & (solver_state.t1 == ts[-1])
-            ys = lambda: problem.ravel_all(solver_state.ys)
-            warm = lambda: (Iterate(ys(), solver_state.stages), jnp.array(0, jnp.int32))
+
+            def warm():
+                ys = problem.ravel_all(solver_state.ys)
+                return problem.window.interpolated(ys), jnp.array(0, jnp.int32)
+
             guess, span = lax.cond(same_window, warm, cold)
         return problem.window.finite(guess), span
 
@@ -320,16 +327,12 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         def zeros(y):
             return jnp.zeros((self.substeps, *jnp.shape(y)), jnp.result_type(y))
 
-        flat, _ = ravel_pytree(y0)
-        tableau = tableau_of(self.solver)
-        stages = (0, 0) if tableau is None else (tableau.parts, tableau.stages)
-        stages = jnp.zeros((self.substeps, *stages, flat.size), flat.dtype)
-        return jtu.tree_map(zeros, y0), stages
+        return jtu.tree_map(zeros, y0)
 
     def _check_solver_state(self, solver_state, y0):
         expected = jax.eval_shape(lambda: self._zero_trajectory(y0))
         if isinstance(solver_state, DeerState):
-            actual = jax.eval_shape(lambda: (solver_state.ys, solver_state.stages))
+            actual = jax.eval_shape(lambda: solver_state.ys)
             if eqx.tree_equal(actual, expected) is True:
                 return
         raise ValueError(

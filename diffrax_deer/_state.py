@@ -1,5 +1,5 @@
 import equinox as eqx
-from jaxtyping import Array, Float, Int, PyTree, Real
+from jaxtyping import Array, Int, PyTree, Real
 
 
 class DeerState(eqx.Module):
@@ -16,9 +16,6 @@ class DeerState(eqx.Module):
     - `ys`: the trajectory over the last window, at the ends of its substeps. A PyTree
         like the state of the differential equation, with an additional leading axis of
         size `substeps` on every leaf.
-    - `stages`: the stages of these substeps, flattened. An array of shape `(substeps,
-        parts, stages, size of the state)`. Without any if the wrapped solver is no
-        Runge--Kutta method.
     - `num_iterations`: the number of iterations made to find it. An integer.
     - `sequential_evaluations`: how many evaluations of the vector field, or of its
         derivative, followed one another to find it. (Of a solver that is no
@@ -28,6 +25,5 @@ class DeerState(eqx.Module):
     t0: Real[Array, ""]
     t1: Real[Array, ""]
     ys: PyTree[Array]
-    stages: Float[Array, "substeps parts stages size"]
     num_iterations: Int[Array, ""]
     sequential_evaluations: Int[Array, ""]

@@ -28,17 +28,19 @@ class AutoGuess(AbstractGuess):
     def __call__(
         self, problem: Discretisation, previous: DeerState | None
     ) -> tuple[Iterate, IntScalarLike]:
-        if jax.default_backend() == "cpu":
-            return CoarseGuess()(problem, previous)
-        return parallel_guess(problem.substeps)(problem, previous)
+        return _pick(problem)(problem, previous)
+
+    def is_solution(self, problem: Discretisation) -> bool:
+        return _pick(problem).is_solution(problem)
 
 
 AutoGuess.__init__.__doc__ = """**Arguments:** None"""
 
 
-def parallel_guess(substeps: int) -> AbstractGuess:
-    """The guess that suits a parallel device."""
-    levels = 0
+def _pick(problem: Discretisation) -> AbstractGuess:
+    if jax.default_backend() == "cpu":
+        return CoarseGuess()
+    levels, substeps = 0, problem.substeps
     while substeps > _LONG:
         levels, substeps = levels + 1, substeps // _FACTOR
     return ConstantGuess() if levels == 0 else NestedGuess(levels, _FACTOR)

@@ -24,6 +24,12 @@ class AbstractGuess(eqx.Module):
         ```
     """
 
+    def is_solution(self, problem: Discretisation) -> bool:
+        """Whether this is no guess but the solution, so that there is nothing left to
+        do. By default it is not."""
+        del problem
+        return False
+
     @abc.abstractmethod
     def __call__(
         self, problem: Discretisation, previous: DeerState | None

@@ -27,16 +27,23 @@ class CoarseGuess(AbstractGuess):
         if self.steps is not None:
             check_positive_int(self.steps, "CoarseGuess(steps=...)")
 
+    def is_solution(self, problem: Discretisation) -> bool:
+        # An implicit solver has solved its equations only roughly.
+        return self._is_wrapped_solver(problem) and problem.window.is_explicit
+
+    def _is_wrapped_solver(self, problem):
+        makes_all = self.steps is None or self.steps >= problem.substeps
+        return makes_all and self.solver in (None, problem.solver)
+
     def __call__(
         self, problem: Discretisation, previous: DeerState | None
     ) -> tuple[Iterate, IntScalarLike]:
         del previous
-        solver = problem.solver if self.solver is None else self.solver
-        steps = problem.substeps if self.steps is None else self.steps
-        if solver is problem.solver and steps >= problem.substeps:
+        if self._is_wrapped_solver(problem):
             return problem.sequential(), problem.sequential_span
+        steps = problem.substeps if self.steps is None else self.steps
         ts = coarse_grid(problem.ts, min(steps, problem.substeps))
-        coarse = problem.on(ts, solver)
+        coarse = problem.on(ts, self.solver)
         ys = coarse.evaluate(coarse.sequential(), problem.t1s)
         guess = unless_constant_is_better(problem, problem.ravel_all(ys))
         return guess, coarse.sequential_span + 1

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PyTree
 
 from .._custom_types import IntScalarLike
-from .._iterate import Iteration, JointSolution
+from .._iterate import Iteration, JointSolution, known_solution
 from .._method import AbstractMethod
 from .._scan import AbstractScan
 from .._window import AbstractWindow, Iterate
@@ -224,9 +224,11 @@ def without_gradient(fn: Callable[[], _T]) -> _T:
 
 
 def joint_solve(
-    iteration: Iteration, guess: Callable[[], tuple[Iterate, IntScalarLike]]
+    iteration: Iteration,
+    guess: Callable[[], tuple[Iterate, IntScalarLike]],
+    is_solution: bool = False,
 ) -> JointSolution:
-    """Solves a window. The guess comes with its span.
+    """Solves a window. The guess comes with its span, and may be the solution already.
 
     The solution can be differentiated with respect to all that the window consists of,
     in forward and in reverse mode and more than once. Its derivative is that of the
@@ -238,6 +240,8 @@ def joint_solve(
 
     def find():
         first, span = guess()
+        if is_solution:
+            return known_solution(first, span)
         solution = iteration.run(first)
         return eqx.tree_at(lambda s: s.span, solution, solution.span + span)
 

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import optimistix as optx
 from diffrax import RESULTS
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._custom_types import RealScalarLike
+from .._custom_types import IntScalarLike, RealScalarLike
 from .._linear_algebra import Matrices
 from .._method import AbstractMethod
 from .._scan import AbstractScan
@@ -32,9 +33,24 @@ class JointSolution(eqx.Module):
     # How many evaluations of the function, or of its derivative, followed one another.
     span: Int[Array, ""]
     # The Jacobians of the substeps, as of the last linearisation, if there was one.
-    A: Matrices
+    # `None` if there can have been none.
+    A: Matrices | None
     has_A: Bool[Array, ""]
     result: RESULTS
+
+
+def known_solution(at: Iterate, span: IntScalarLike) -> JointSolution:
+    """The solution if it has been found otherwise, as one iteration."""
+    okay = jnp.all(is_finite(at.ys))
+    nonfinite = RESULTS.promote(optx.RESULTS.nonfinite)
+    return JointSolution(
+        at=at,
+        num_iterations=jnp.array(1, jnp.int32),
+        span=jnp.asarray(span, jnp.int32),
+        A=None,
+        has_A=jnp.array(False),
+        result=RESULTS.where(okay, RESULTS.successful, nonfinite),
+    )
 
 
 class State(eqx.Module):
@@ -124,20 +140,40 @@ class Iteration(eqx.Module):
         return jnp.invert(is_over)
 
     def step(self, state: State) -> State:
-        window, at = self.window, state.at
-        seen = self.look(at)
+        seen = self.look(state.at)
         rounding = self.rounding(seen, state.terms)
-        excesses, drift = _excesses(seen.r, rounding), _drift(window, seen.r, rounding)
-        excess = jnp.max(excesses, initial=0)
-        is_exact = jnp.all(seen.exists) & state.convergence.is_exact(excess, drift)
-
-        # In a batch, all or none: a `cond` that differs between elements is no saving.
-        corrects = jnp.invert(eqxi.unvmap_all(is_exact))
-        delta, is_telling, A, terms, span = lax.cond(
-            corrects,
-            lambda: self.correction(seen),
-            lambda: self.no_correction(seen, state),
+        excesses = _excesses(seen.r, rounding)
+        is_exact = state.convergence.is_exact(
+            jnp.max(excesses, initial=0), _drift(self.window, seen.r, rounding)
         )
+        is_exact = is_exact & jnp.all(seen.exists)
+        # In a batch, all or none: a `cond` that differs between elements is no saving.
+        return lax.cond(
+            eqxi.unvmap_all(is_exact),
+            lambda: self.accept(state),
+            lambda: self.correct(state, seen, rounding, excesses, is_exact),
+        )
+
+    def accept(self, state: State) -> State:
+        """If there is nothing to correct."""
+        return dataclasses.replace(
+            state,
+            num_iterations=state.num_iterations + 1,
+            span=state.span + 1,
+            finite=jnp.array(True),
+            converged=jnp.array(True),
+        )
+
+    def correct(
+        self,
+        state: State,
+        seen: "_Seen",
+        rounding: Iterate,
+        excesses: Float[Array, " substeps"],
+        is_exact: Bool[Array, ""],
+    ) -> State:
+        window, at = self.window, state.at
+        delta, is_telling, A, terms = self.correction(seen)
         new, usable = seen.corrected(delta)
         # Where nothing arrives, or nothing departs from. (If left as they are, these
         # would come back one by one.)
@@ -151,8 +187,8 @@ class Iteration(eqx.Module):
         if is_noisy(window.eps):
             heard = window.noise(seen.points, seen.r, standstill)
             rounding = jtu.tree_map(jnp.add, rounding, window.as_residual(heard))
-        noisy_excess = jnp.max(_excesses(seen.r, rounding), initial=0)
-        stagnates = standstill & (noisy_excess <= 1)
+            excesses = _excesses(seen.r, rounding)
+        stagnates = standstill & jnp.all(excesses <= 1)
         is_close = state.convergence.is_close(change, is_telling)
         # Another correction may even make it worse, as it amplifies rounding errors.
         is_solved = is_exact | stagnates
@@ -163,13 +199,13 @@ class Iteration(eqx.Module):
             at=new,
             convergence=Convergence(change),
             num_iterations=state.num_iterations + 1,
-            span=state.span + 1 + span,
+            span=state.span + 1 + self.method.span(at.ys.shape[1]),
             A=A,
-            has_A=state.has_A | corrects,
+            has_A=jnp.array(True),
             terms=terms,
             lost=lost,
             finite=finite,
-            converged=finite & (is_solved | (is_close & is_whole)),
+            converged=is_exact | (finite & (stagnates | (is_close & is_whole))),
             stuck=jnp.invert(finite) & (change == 0),
         )
 
@@ -205,10 +241,6 @@ class Iteration(eqx.Module):
         size = ends[:, None, None] + jnp.abs(seen.values) + terms
         return self.window.as_residual(_ROUNDING * self.window.eps * size)
 
-    def no_correction(self, seen: "_Seen", state: State):
-        delta = jtu.tree_map(jnp.zeros_like, seen.r)
-        return delta, jnp.array(True), state.A, state.terms, jnp.array(0, jnp.int32)
-
     def correction(self, seen: "_Seen"):
         J = seen.jacobians()
         usable = seen.okay & jnp.isfinite(J).reshape(*seen.okay.shape, -1).all(axis=-1)
@@ -224,8 +256,7 @@ class Iteration(eqx.Module):
         ys = jnp.where(seen.is_known[:, None], r, ys)
         starts = jnp.concatenate([jnp.zeros_like(ys[:1]), ys[:-1]])
         delta = Iterate(ys, system.substitute(starts, seen.r))
-        span = jnp.array(self.method.span(ys.shape[1]), jnp.int32)
-        return delta, is_telling, A, _terms(J, seen.points), span
+        return delta, is_telling, A, _terms(J, seen.points)
 
     def lost(
         self,

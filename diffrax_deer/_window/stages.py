@@ -114,12 +114,19 @@ class StageWindow(AbstractWindow):
                 increment = jnp.sum(A[:, i] * k, axis=(0, 1))
                 return k.at[:, i].set(self.stage(x, i, y + increment))
 
-            k = lax.fori_loop(0, self.tableau.stages, stage, zeros)
+            k = lax.fori_loop(0, needed, stage, zeros)
             y = y + jnp.sum(b * k, axis=(0, 1))
             return y, (y, k)
 
         A, b, zeros = self._constants()
+        needed = int(np.max(np.flatnonzero(~self.is_optional[0]))) + 1
         _, (ys, ks) = lax.scan(body, self.y0, self.xs)
+        at = Iterate(ys, ks)
+        points = self.points(at)
+        # Those that nothing depends on can wait, and perhaps are not asked for.
+        for i in range(needed, self.tableau.stages):
+            stage = jax.vmap(lambda x, y: self.stage(x, i, y))
+            ks = ks.at[:, :, i].set(stage(self.xs, points[:, i]))
         return Iterate(ys, ks)
 
     def derivative(
