@@ -74,10 +74,16 @@ class Counter:
         return y + zero
 
 
-def count(
-    solve: Callable[[Callable], Any], vector_field: Callable
-) -> tuple[Any, Count]:
-    """`solve(vector_field)`, and how often it evaluates that."""
+def counting(
+    solve: Callable[..., Any], vector_field: Callable
+) -> Callable[..., tuple[Any, Count]]:
+    """`solve(vector_field, *args)` as a function of `args`, compiled, that also tells
+    how often it evaluates the vector field."""
     counter = Counter()
-    out = jax.block_until_ready(jax.jit(lambda: solve(counter.wrap(vector_field)))())
-    return out, counter.read()
+    jitted = jax.jit(lambda *args: solve(counter.wrap(vector_field), *args))
+
+    def call(*args):
+        out = jax.block_until_ready(jitted(*args))
+        return out, counter.read()
+
+    return call

@@ -37,3 +37,8 @@ from ._scan import (
 )
 from ._solver import DeerSolver as DeerSolver
 from ._state import DeerState as DeerState
+from ._window import (
+    AbstractWindow as AbstractWindow,
+    Discretisation as Discretisation,
+    Iterate as Iterate,
+)

@@ -106,8 +106,10 @@ class DeerAdjoint(AbstractAdjoint):
     afterwards is done in parallel.
 
     `Solution.stats` additionally has `num_iterations`, the number of iterations in all
-    windows, including those that were rejected, and `max_window_iterations`, that of
-    the window with the most of them.
+    windows, including those that were rejected; `max_window_iterations`, that of the
+    window with the most of them; and `sequential_evaluations`, how many evaluations of
+    the vector field, or of its derivative, followed one another. (Of a solver that is
+    no Runge--Kutta method, how many steps.)
 
     !!! info "Memory"
 

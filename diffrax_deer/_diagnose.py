@@ -52,6 +52,8 @@ class Report:
     - `ts`: the times at which the windows begin and end. The last one may have failed.
     - `num_rejected`: the number of windows that were tried in vain.
     - `num_iterations`: the number of iterations of each window.
+    - `sequential_evaluations`: of each window how many evaluations of the vector field,
+        or of its derivative, followed one another. That is what a GPU waits for.
     - `residuals`: of each window the residual before each iteration, and after the
         last one: the largest by which a substep misses the next value, relative to the
         largest value of that component.
@@ -74,6 +76,7 @@ class Report:
     ts: np.ndarray
     num_rejected: int
     num_iterations: np.ndarray
+    sequential_evaluations: np.ndarray
     residuals: list[np.ndarray]
     fronts: list[np.ndarray]
     lyapunov: float
@@ -108,6 +111,7 @@ class Report:
             rows["iterations"] = (
                 f"{np.median(iterations):.0f} (median), {np.max(iterations)} (most)"
             )
+            rows["span"] = f"{np.sum(self.sequential_evaluations)} evaluations in a row"
             final = max(residuals[-1] for residuals in self.residuals)
             rows["last residual"] = f"{final:.1e}"
         rows["Lyapunov exponent"] = f"{self.lyapunov:.2g}"
@@ -238,6 +242,7 @@ def diagnose(
         ts=ts,
         num_rejected=int(sol.stats["num_rejected_steps"]),
         num_iterations=num_iterations,
+        sequential_evaluations=infos["span"].astype(int),
         residuals=[x[:k] for x, k in zip(infos["residuals"], kept)],
         fronts=[x[:k].astype(int) for x, k in zip(infos["fronts"], kept)],
         lyapunov=growth / solved if solved > 0 and size > 0 else math.nan,
@@ -310,6 +315,7 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         info = dict(
             okay=(result == RESULTS.successful).astype(at.ys.dtype),
             num_iterations=state.num_iterations.astype(at.ys.dtype),
+            span=new_deer_state.sequential_evaluations.astype(at.ys.dtype),
             residuals=residuals,
             fronts=fronts,
             growth=growth,

@@ -81,7 +81,7 @@ def test_too_large():
     delta = _iterate([[0.0, 0.0], [0.0, 0.09], [2.0, 0.9], [0.0, 0.7]])
     assert too_large(y0, new, delta).tolist() == [False, False, True, False]
     # Stages count as well.
-    ks = jnp.zeros((4, 1, 1, 2)).at[3, 0, 0, 0].set(-100)
+    ks = jnp.zeros((4, 1, 1, 2)).at[3, 0, 0, 0].set(-200)
     delta = _iterate(jnp.zeros((4, 2)), ks)
     assert too_large(y0, new, delta).tolist() == [False, False, False, True]
 

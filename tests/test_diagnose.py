@@ -49,6 +49,9 @@ def test_single_window():
     assert np.all(np.diff(fronts) >= 0)
     assert fronts[-1] == 256
     assert report.num_iterations[0] > 15
+    # The vector field and its Jacobian, each time.
+    assert report.sequential_evaluations[0] <= 2 * report.num_iterations[0]
+    assert f"{report.sequential_evaluations[0]} evaluations" in str(report)
     # Only with other windows, another guess, or another method.
     for word in ("substeps=", "AutoGuess()", "ELK()"):
         assert word in str(report)
@@ -120,7 +123,8 @@ def test_memory_and_large_states():
     state = dict(a=jnp.ones(size, jnp.float32))
 
     def report(method):
-        solver = DeerSolver(diffrax.Euler(), 32, method=method)
+        guess = ConstantGuess()
+        solver = DeerSolver(diffrax.Euler(), 32, method=method, guess=guess)
         return diagnose(term, solver, 0, 1, 1, state)
 
     full, diagonal = report(ELK()), report(QuasiDEER())

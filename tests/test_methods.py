@@ -28,6 +28,7 @@ from diffrax_deer._method.damping import _gains
 from .helpers import diffeqsolve, max_error, sequential
 
 
+tsit5 = diffrax.Tsit5()
 methods = {
     "DEER": DEER(),
     "QuasiDEER": QuasiDEER(),
@@ -182,7 +183,7 @@ def test_memory_of_diagonal_methods():
         def solve(y0):
             sol = diffeqsolve(
                 ODETerm(lambda t, y, args: jnp.tanh(weight @ y) - y),
-                DeerSolver(diffrax.Tsit5(), substeps, method=method),
+                DeerSolver(tsit5, substeps, method=method, guess=ConstantGuess()),
                 0,
                 1,
                 1,

@@ -11,7 +11,7 @@ from diffrax_deer import ConstantGuess, DeerSolver
 from .helpers import diffeqsolve, max_error, problem, SaveAt, sequential
 
 
-solver = DeerSolver(diffrax.Tsit5(), 64)
+solver = DeerSolver(diffrax.Tsit5(), 64, guess=ConstantGuess())
 
 
 @eqx.filter_jit
@@ -66,7 +66,7 @@ def test_warm_start():
     assert warm.solver_state.num_iterations <= cold.solver_state.num_iterations / 2
     # Of the same problem once more, it remains only to see that this is the solution.
     again = solve(1.0, first.solver_state)
-    assert again.solver_state.num_iterations <= 2
+    assert again.solver_state.num_iterations <= 3
 
 
 def test_only_for_the_same_window():

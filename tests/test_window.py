@@ -11,8 +11,16 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from diffrax import ODETerm
-from diffrax_deer import DEER, GaussLegendre, QuasiDEER, RadauIIA, SequentialScan
-from diffrax_deer._implicit.linear import direct, iterative
+from diffrax_deer import (
+    ConstantGuess,
+    DEER,
+    DeerSolver,
+    GaussLegendre,
+    QuasiDEER,
+    RadauIIA,
+    SequentialScan,
+)
+from diffrax_deer._implicit.linear import direct, iterative, linear_solve
 from diffrax_deer._window import Discretisation, Iterate, OneStepMap, tableau_of
 from jax.flatten_util import ravel_pytree
 
@@ -192,3 +200,35 @@ def test_finite():
     assert jnp.isfinite(finite.ks).all()
     assert max_error(finite.ys[2], window.y0) == 0
     assert max_error(finite.ys[4], jnp.ones(3)) == 0
+
+
+@pytest.mark.parametrize("solver", (GaussLegendre(4), RadauIIA(3)), ids=solver_id)
+def test_large_implicit_systems(solver):
+    # Not as a whole, and so not exactly: memory is linear in the number of stages.
+    size, substeps = 40, 6
+    weight = jr.normal(jr.key(0), (size, size)) / size**0.5
+    term = ODETerm(lambda t, y, args: jnp.tanh(weight @ y) - y)
+    ts, y0 = jnp.linspace(0, 3, substeps + 1), jnp.linspace(-1, 1, size)
+    discretisation = Discretisation(solver, term, None, ts[:-1], ts[1:], y0)
+    window = discretisation.window
+    at = window.interpolated(jr.normal(jr.key(1), (substeps, size)))
+    _, jacobians = DEER().linearise(window, window.points(at))
+    system = window.eliminate(jacobians())
+    assert not system.is_exact
+    memory = sum(x.size for x in jtu.tree_leaves(system))
+    assert memory < 3 * solver.stages * substeps * size**2
+    b, start = _random(at, 2), jr.normal(jr.key(3), (size,))
+    out = linear_solve(window, at, DEER(), SequentialScan())(start, b)
+    _, moved = jax.jvp(
+        lambda y0, at: eqx.tree_at(lambda w: w.y0, window, y0).all_targets(at),
+        (window.y0, at),
+        (start, out),
+    )
+    expected = jtu.tree_map(jnp.add, moved, b)
+    assert max_error((out.ys, out.ks), (expected.ys, expected.ks)) < 1e-12
+    # It hardly takes more iterations.
+    solve = eqx.filter_jit(DeerSolver(solver, substeps, guess=ConstantGuess()).step)
+    state = DeerSolver(solver, substeps).init(term, ts[0], ts[-1], y0, None)
+    *_, state, result = solve(term, ts[0], ts[-1], y0, None, state, False)
+    assert result == diffrax.RESULTS.successful
+    assert state.num_iterations <= 10

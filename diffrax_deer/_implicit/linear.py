@@ -31,17 +31,23 @@ def linear_solve(
     window: AbstractWindow, at: Iterate, method: AbstractMethod, scan: AbstractScan
 ) -> _Solve:
     """Picks the one that suits the platform and the method."""
-    points = window.points(at)
-    J = jax.eval_shape(lambda: method.linearise(window, points)[1]())
+
+    def eliminate(method):
+        _, jacobians = method.linearise(window, window.points(at))
+        return window.eliminate(jacobians())
+
     if jax.default_backend() == "cpu" and window.is_explicit:
         # Nothing is gained from more work at once.
         return lambda start, b: window.derivative(at, start, b)
-    elif J.ndim == points.ndim + 1 and window.is_explicit:
+    is_diagonal = jax.eval_shape(lambda: eliminate(method)).A.ndim == at.ys.ndim
+    if is_diagonal and window.is_explicit:
         # Full Jacobians are too large to be formed. (If it is implicit then nothing
         # says that the iteration converges.)
         return iterative(window, at, method, scan)
-    else:
+    elif jax.eval_shape(lambda: eliminate(DEER())).is_exact:
         return direct(window, at, DEER(), scan)
+    else:
+        return iterative(window, at, DEER(), scan)
 
 
 def direct(

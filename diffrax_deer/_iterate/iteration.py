@@ -43,10 +43,12 @@ def known_solution(at: Iterate, span: IntScalarLike) -> JointSolution:
     """The solution if it has been found otherwise, as one iteration."""
     okay = jnp.all(is_finite(at.ys))
     nonfinite = RESULTS.promote(optx.RESULTS.nonfinite)
+    # Not as constants, of which JAX may make arrays of NumPy.
+    one, span = (jnp.where(okay, n, n).astype(jnp.int32) for n in (1, span))
     return JointSolution(
         at=at,
-        num_iterations=jnp.array(1, jnp.int32),
-        span=jnp.asarray(span, jnp.int32),
+        num_iterations=one,
+        span=span,
         A=None,
         has_A=jnp.array(False),
         result=RESULTS.where(okay, RESULTS.successful, nonfinite),

@@ -34,9 +34,11 @@ class AbstractElimination(eqx.Module):
     **Attributes:**
 
     - `A`: the Jacobians of the substeps.
+    - `is_exact`: whether the equations are solved exactly.
     """
 
     A: AbstractVar[Matrices]
+    is_exact: AbstractVar[bool]
 
     @abc.abstractmethod
     def condense(self, r: Iterate) -> Float[Array, "substeps size"]:

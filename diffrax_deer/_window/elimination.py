@@ -1,15 +1,23 @@
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy as jsp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
 from .._linear_algebra import Matrices, matvec
 from .base import AbstractElimination, Iterate
 from .tableau import Tableau
+
+
+# Up to this size, the equations of all stages of a substep are solved as a whole, which
+# takes memory for the square of it. Above, stage by stage, and this many times more.
+_DENSE = 64
+_REFINEMENTS = 2
 
 
 class StageElimination(AbstractElimination):
@@ -27,14 +35,19 @@ class StageElimination(AbstractElimination):
     # Of what has to be solved for implicit stages. `None` for those that are explicit.
     factors: Sequence[tuple[Array, Array] | Array | None]
     A: Matrices
+    is_exact: bool = eqx.field(static=True)
 
     def __init__(self, tableau: Tableau, J: Matrices, size: int):
         self.tableau = tableau
         self.J = J
+        self.is_exact = True
         if tableau.is_diagonally_implicit:
-            self.factors = [self._stage_factor(i) for i in range(tableau.stages)]
-        else:
+            self.factors = self._stage_factors()
+        elif self._is_diagonal or tableau.stages * size <= _DENSE:
             self.factors = [self._factor_all()]
+        else:
+            self.is_exact = False
+            self.factors = self._factor_modes()
         if self._is_diagonal:
             self.A = self._step(jnp.ones_like(J[:, 0, 0]))
         else:
@@ -82,14 +95,21 @@ class StageElimination(AbstractElimination):
                 dY = dY + float(A[i, i]) * r[:, part, i]
         return _solve_with(self.factors[i], dY)
 
-    def _stage_factor(self, i):
-        diagonal = self.tableau.A[:, i, i]
-        if not diagonal.any():
-            return None
-        J = self.J[:, :, i]
-        terms = [float(a) * J[:, part] for part, a in enumerate(diagonal)]
-        sum_J = jnp.asarray(sum(terms))
-        return 1 - sum_J if self._is_diagonal else _factor(-sum_J)
+    def _stage_factors(self):
+        # All in one call: on CPUs, XLA may hang on several at once.
+        diagonals = np.diagonal(self.tableau.A, axis1=1, axis2=2)
+        implicit = np.flatnonzero(diagonals.any(axis=0))
+        if len(implicit) == 0:
+            return [None] * self.tableau.stages
+        J = self.J[:, :, implicit]
+        weights = jnp.asarray(diagonals[:, implicit], J.dtype)
+        weights = jnp.expand_dims(weights, (0, *range(3, J.ndim)))
+        X = -jnp.sum(weights * J, axis=1)
+        factor = 1 + X if self._is_diagonal else _factor(X)
+        factors: list[Any] = [None] * self.tableau.stages
+        for k, i in enumerate(implicit):
+            factors[i] = jtu.tree_map(lambda x: x[:, k], factor)
+        return factors
 
     def _factor_all(self):
         # Of methods that are not diagonally implicit there is only ever one part.
@@ -104,17 +124,62 @@ class StageElimination(AbstractElimination):
         length = J.shape[2] * J.shape[3]
         return _factor((-A * J).reshape(len(J), length, length))
 
+    def _modes(self):
+        # Of the coefficients: `A = T diag(eigenvalues) T^-1`. Of complex conjugates one
+        # will do, counted twice.
+        eigenvalues, T = np.linalg.eig(self.tableau.A[0])
+        imag = np.imag(eigenvalues)
+        kept = np.flatnonzero(imag >= 0)
+        twice = np.where(imag[kept] > 0, 2, 1)
+        return eigenvalues[kept], np.linalg.inv(T)[kept], (twice * T[:, kept]).T
+
+    def _factor_modes(self):
+        # As if the Jacobians of all stages were the same, so that stages decouple into
+        # systems of the size of the state. (Hairer & Wanner, Solving Ordinary
+        # Differential Equations II, section IV.8.) Complex ones are made of real parts,
+        # and all are factored in one call, as above.
+        eigenvalues, _, _ = self._modes()
+        J = jnp.mean(self.J[:, 0], axis=1)[:, None]
+        part = lambda x: jnp.asarray(x, J.dtype)[None, :, None, None] * J
+        real, imag = part(np.real(eigenvalues)), part(np.imag(eigenvalues))
+        return [_factor(jnp.block([[-real, imag], [-imag, -real]]))]
+
+    def _solve_modes(self, rhs):
+        _, to_modes, from_modes = self._modes()
+        [factor] = self.factors
+
+        def transform(x):
+            # With axes for modes and stages.
+            return jnp.asarray(x, rhs.dtype)[None, :, :, None]
+
+        def roughly(x):
+            parts = (np.real(to_modes), np.imag(to_modes))
+            modes = [jnp.sum(transform(T) * x[:, None], axis=2) for T in parts]
+            modes = _solve_with(factor, jnp.concatenate(modes, axis=-1))
+            u, v = jnp.split(modes[:, :, None], 2, axis=-1)
+            real, imag = np.real(from_modes), np.imag(from_modes)
+            terms = transform(real) * u - transform(imag) * v
+            return jnp.sum(terms, axis=1)
+
+        # The Jacobians are not the same, so this has to be repeated.
+        dY = roughly(rhs)
+        for _ in range(_REFINEMENTS):
+            dk = matvec(self.J, dY[:, None])
+            dY = dY + roughly(rhs + weighted(self.tableau.A, dk) - dY)
+        return dY
+
     def _all_stages(self, starts, r):
         shape = (*self.J.shape[:1], *self.J.shape[2:4])
         dY = jnp.broadcast_to(starts[:, None], shape)
         if r is not None:
             dY = dY + weighted(self.tableau.A, r)
-        [factor] = self.factors
         if self._is_diagonal:
-            dY = _solve_with(factor, jnp.swapaxes(dY, -1, -2))
+            dY = _solve_with(self.factors[0], jnp.swapaxes(dY, -1, -2))
             dY = jnp.swapaxes(dY, -1, -2)
+        elif self.is_exact:
+            dY = _solve_with(self.factors[0], dY.reshape(len(dY), -1)).reshape(shape)
         else:
-            dY = _solve_with(factor, dY.reshape(len(dY), -1)).reshape(shape)
+            dY = self._solve_modes(dY)
         dk = matvec(self.J, dY[:, None])
         return dk if r is None else dk + r
 

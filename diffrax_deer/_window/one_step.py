@@ -134,6 +134,7 @@ class AbstractMapWindow(AbstractWindow):
 
 class _MapElimination(AbstractElimination):
     A: Matrices
+    is_exact: bool = eqx.field(default=True, static=True)
 
     def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
         return r.ys

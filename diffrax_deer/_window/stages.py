@@ -95,10 +95,26 @@ class StageWindow(AbstractWindow):
         return Iterate(jnp.max(errors, axis=(1, 2)), errors)
 
     def interpolated(self, ys: Float[Array, "substeps size"]) -> Iterate:
-        # On the straight line between both ends, all increments are the same.
-        increments = (ys - self.starts(ys)) / self.tableau.parts
-        shape = (len(ys), *self.stages, ys.shape[1])
-        return Iterate(ys, jnp.broadcast_to(increments[:, None, None], shape))
+        # By a cubic polynomial in each substep, whose slopes are those of parabolas
+        # through three neighbours.
+        t0s, t1s, _ = self.xs
+        dt = (t1s - t0s).astype(ys.dtype)[:, None]
+        increments = ys - self.starts(ys)
+        # A window may be padded with substeps of length zero.
+        average = jnp.where(dt == 0, 0, increments / jnp.where(dt == 0, 1, dt))
+        if len(ys) == 1:
+            slopes = jnp.concatenate([average, average])
+        else:
+            both = jnp.where(dt[1:] == 0, 1, dt[:-1] + dt[1:])
+            inner = (dt[1:] * average[:-1] + dt[:-1] * average[1:]) / both
+            first, last = 2 * average[:1] - inner[:1], 2 * average[-1:] - inner[-1:]
+            slopes = jnp.concatenate([first, inner, last])
+        c = jnp.asarray(self.tableau.c, ys.dtype)[None, :, :, None]
+        row = lambda x: x[:, None, None]
+        k0, k1 = row(dt * slopes[:-1]), row(dt * slopes[1:])
+        ks = 6 * c * (1 - c) * row(increments)
+        ks = ks + (1 - c) * (1 - 3 * c) * k0 + c * (3 * c - 2) * k1
+        return Iterate(ys, ks / self.tableau.parts)
 
     def errors(self, ks: Float[Array, "substeps parts stages size"]) -> Array:
         """The embedded error estimates."""
