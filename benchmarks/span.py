@@ -222,7 +222,7 @@ def summary(rows: list[study.Row]) -> list[study.Row]:
                     name=name,
                     median=float(np.median(ratios)),
                     worst=ratios[0],
-                    second_worst=ratios[1],
+                    second_worst=ratios[min(1, len(ratios) - 1)],
                     problems=len(ratios),
                 )
             )
