@@ -46,11 +46,6 @@ def check_damping(x: Any, name: str) -> None:
         )
 
 
-def check_jacobian(x: Any, name: str) -> None:
-    if x not in ("linear_ode", "exact"):
-        raise ValueError(f"`{name}` must be either 'linear_ode' or 'exact', got {x!r}.")
-
-
 def check_instance(x: Any, cls: type, name: str) -> None:
     if not isinstance(x, cls):
         msg = f"`{name}` must be an instance of `{cls.__name__}`, got {x!r}."

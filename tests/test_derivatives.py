@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 from diffrax import ODETerm
-from diffrax_deer import AssociativeScan, DeerAdjoint, DeerSolver
+from diffrax_deer import AssociativeScan, DEER, DeerAdjoint, DeerSolver, QuasiDEER
 from jax.flatten_util import ravel_pytree
 
 from .helpers import (
@@ -408,3 +408,42 @@ def test_large_states(adjoint):
     forward = lambda y0: loss((inputs[0], y0, weight), deer, adjoint, 1)
     tangent = jax.jit(lambda y0: jax.jvp(forward, (y0,), (y0,))[1])(y0)
     assert abs(tangent - expected[1][1] @ y0) < 1e-8 * jnp.linalg.norm(expected[1][1])
+
+
+@pytest.mark.parametrize("substeps", (64, 2048))
+@pytest.mark.parametrize(
+    "solver,method",
+    (
+        (diffrax.Dopri8(), DEER()),
+        (diffrax.Tsit5(), QuasiDEER()),
+        (diffrax.HalfSolver(diffrax.Heun()), DEER()),
+    ),
+    ids=("Dopri8", "QuasiDEER", "HalfSolver"),
+)
+def test_as_on_a_gpu(solver, method, substeps, monkeypatch):
+    # From a constant guess or coarser grids, and by recurrences, where a CPU makes one
+    # step after the other.
+    def vector_field(t, y, args):
+        return jnp.stack([y[1], args * (1 - y[0] ** 2) * y[1] - y[0]])
+
+    def value_and_grad():
+        def loss(args):
+            sol = diffeqsolve(
+                *(ODETerm(vector_field), DeerSolver(solver, substeps, method=method)),
+                *(0.0, 5.0, 5.0, jnp.array([2.0, 0.0]), args),
+                saveat=SaveAt(ts=jnp.array([1.3, 5.0])),
+                max_steps=1,
+                adjoint=DeerAdjoint(),
+            )
+            return jnp.sum(jnp.sin(sol.ys)), sol.stats["sequential_evaluations"]
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(1.2)
+
+    (value, span), grad = value_and_grad()
+    # What has been traced before is not traced again.
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (gpu_value, gpu_span), gpu_grad = value_and_grad()
+    assert max_error((gpu_value, gpu_grad), (value, grad)) < 1e-8
+    assert gpu_span < span
+    jax.clear_caches()
