@@ -69,8 +69,10 @@ class Counter:
             return np.zeros((), y.dtype)
 
         # A callback whose output is used, so that it is called exactly if the vector
-        # field is evaluated. (What it is called with keeps different ones apart.)
-        zero = jax.pure_callback(tick, jax.ShapeDtypeStruct((), y.dtype), jnp.ravel(y))
+        # field is evaluated. (What it is called with keeps different ones apart, and is
+        # small, as JAX may hang on callbacks with large arguments on a CPU.)
+        form = jax.ShapeDtypeStruct((), y.dtype)
+        zero = jax.pure_callback(tick, form, jnp.ravel(y)[:1])
         return y + zero
 
 

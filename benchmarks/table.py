@@ -38,7 +38,37 @@ def tables(file: Path) -> str:
     scans = [row for row in rows if row.get("suite") == "linear recurrence"]
     if len(scans) > 0:
         lines += ["### The linear recurrence alone", "", _scans(scans), ""]
+    for suite in dict.fromkeys(row["suite"] for row in rows if "span" in row):
+        members = [row for row in rows if row["suite"] == suite]
+        summary = content["summary"]
+        lines += [f"### {suite[0].upper()}{suite[1:]}", "", _spans(members), ""]
+        lines += [_span_summary([x for x in summary if x["suite"].startswith(suite)])]
+        lines += [""]
     return "\n".join(lines).strip()
+
+
+def _spans(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    cells = []
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        line = [problem]
+        for name in names:
+            [row] = [r for r in rows if (r["problem"], r["name"]) == (problem, name)]
+            if row["error"] is None:
+                line.append("failed")
+            else:
+                substeps = f", {row['substeps']} substeps" if "substeps" in row else ""
+                line.append(f"{row['span']} ({row['error']:.0e}{substeps})")
+        cells.append(line)
+    return _markdown(["span (error)", *names], cells)
+
+
+def _span_summary(rows: list[dict[str, Any]]) -> str:
+    ratio = lambda x: f"{x:.1f}"
+    columns = ("median", "worst", "second_worst")
+    cells = [[row["name"], *(ratio(row[column]) for column in columns)] for row in rows]
+    header = ["times shorter than `Tsit5`", "median", "worst", "second worst"]
+    return _markdown(header, cells)
 
 
 def _compare(rows: list[dict[str, Any]]) -> str:
