@@ -42,8 +42,10 @@ _MIN_SUBSTEPS = 2**12
 # bytes.
 _MAX_MERGED = 2**14
 _MAX_JACOBIAN_BYTES = 2**26
-# By default, backpropagate jointly through this many steps of a sequential solver.
+# By default, backpropagate through this many steps of a sequential solver at once. On a
+# CPU that is one after the other, those of the last chunk that are not used included.
 _SEQUENTIAL_CHUNK = 128
+_CHUNK_ON_CPUS = 16
 
 
 class _Layout(eqx.Module):
@@ -340,7 +342,9 @@ class DeerAdjoint(AbstractAdjoint):
         if is_deer:
             chunk_size = window_size
         else:
-            chunk_size = min(self.max_window_points or _SEQUENTIAL_CHUNK, max_windows)
+            on_cpu = jax.default_backend() == "cpu"
+            chunk_size = _CHUNK_ON_CPUS if on_cpu else _SEQUENTIAL_CHUNK
+            chunk_size = min(self.max_window_points or chunk_size, max_windows)
         return _Layout(substeps, steps_per_window, max_windows, chunk_size)
 
 
@@ -355,10 +359,10 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
 - `max_window_points`: the number of grid points in a window. A positive integer. Steps
     known in advance are merged until there are that many. Of solvers other than
     [`diffrax_deer.DeerSolver`][], this is the number of steps through which to
-    backpropagate at once, by default 128. By default steps are only merged with
-    `DeerSolver(substeps=1)` and without an event, up to 16384 of them, or fewer if
-    their Jacobians would take more than 64 MiB. Larger windows suit GPUs, and smaller
-    ones CPUs.
+    backpropagate at once, by default 128, and on a CPU 16. By default steps are only
+    merged with `DeerSolver(substeps=1)` and without an event, up to 16384 of them, or
+    fewer if their Jacobians would take more than 64 MiB. Larger windows suit GPUs, and
+    smaller ones CPUs.
 """
 
 
