@@ -55,7 +55,7 @@ class StageElimination(AbstractElimination):
             self.A = jax.vmap(unit, out_axes=-1)(jnp.eye(size, dtype=J.dtype))
 
     def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
-        return r.ys + self._increment(self.substitute(jnp.zeros_like(r.ys), r))
+        return r.ys + weighted(self.tableau.b, self._solve(jnp.zeros_like(r.ys), r.ks))
 
     def substitute(
         self, starts: Float[Array, "substeps size"], r: Iterate
@@ -68,19 +68,15 @@ class StageElimination(AbstractElimination):
 
     def _step(self, starts):
         # What a correction at the start becomes at the end.
-        return starts + self._increment(self._solve(starts, None))
-
-    def _increment(self, ks):
-        return weighted(self.tableau.b, ks)
+        return starts + weighted(self.tableau.b, self._solve(starts, None))
 
     def _solve(self, starts, r):
         if self.tableau.is_diagonally_implicit:
-            dYs, dks = [], []
+            dks = []
             for i in range(self.tableau.stages):
                 dY = self._stage(i, starts, dks, r)
                 dk = matvec(self.J[:, :, i], jnp.expand_dims(dY, 1))
                 dks.append(dk if r is None else dk + r[:, :, i])
-                dYs.append(dY)
             return jnp.stack(dks, axis=2)
         else:
             return self._all_stages(starts, r)
