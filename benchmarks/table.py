@@ -32,6 +32,9 @@ def tables(file: Path) -> str:
         if len(failed) > 0:
             what = "at any of the accuracies that it was asked for"
             lines += [f"Not accurate enough {what}: {', '.join(failed)}.", ""]
+    if any("call" in row for row in rows):
+        lines += _calls(rows, content["summary"])
+        rows = []
     recurrences = [row for row in rows if "iterations" in row]
     if len(recurrences) > 0:
         lines += [_recurrences(recurrences), ""]
@@ -45,6 +48,64 @@ def tables(file: Path) -> str:
         lines += [_span_summary([x for x in summary if x["suite"].startswith(suite)])]
         lines += [""]
     return "\n".join(lines).strip()
+
+
+def _calls(rows: list[dict[str, Any]], bounds: list[dict[str, Any]]) -> list[str]:
+    """One table of what all the ratios come to, and then one of each quantity."""
+    lines = ["### In short", "", _bounds(bounds), ""]
+    cell = lambda row, column: _ratio(row[column]) + ("" if row["agrees"] else " (!)")
+    time = lambda row: _ms(row) if row["ratio"] in (1, None) else cell(row, "ratio")
+    seconds = lambda row: f"{row['compile_seconds']:.1f} s"
+    tables = {
+        "Value": ("value", time),
+        "Gradient": ("gradient", time),
+        "Compilation of the gradient": ("gradient", seconds),
+        "Memory of the gradient": (
+            "gradient",
+            lambda row: f"{row['temp_mib']:.2g} MiB",
+        ),
+        "Span of the value": ("value", lambda row: f"{row.get('span') or '-'}"),
+    }
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for title, (what, show) in tables.items():
+        cells = []
+        for call in dict.fromkeys(row["call"] for row in rows):
+            members = {
+                row["name"]: row
+                for row in rows
+                if (row["call"], row["what"]) == (call, what)
+            }
+            line = [call]
+            for name in names:
+                row = members.get(name)
+                if row is None:
+                    line.append("-")
+                else:
+                    line.append("failed" if "failed" in row else show(row))
+            cells.append(line)
+        lines += [f"### {title}", "", _markdown(["", *names], cells), ""]
+    failed = [row for row in rows if "failed" in row]
+    for row in failed:
+        where = f"{row['call']}, {row['name']}, {row['what']}"
+        lines += [f"Failed: {where}: `{row['failed'][:160]}`.", ""]
+    return lines
+
+
+def _bounds(bounds: list[dict[str, Any]]) -> str:
+    columns = {"median_ms": "time", "compile_seconds": "compilation"}
+    cells = [
+        [
+            f"{row['name']} / {row['base']}",
+            f"{columns[row['column']]}, {row['what']}",
+            "-" if row["limit"] is None else f"{row['limit']:g}",
+            f"{row['mean']:.2f}",
+            f"{row['worst']:.2f} ({row['worst_call']})",
+            "-" if row["limit"] is None else f"{len(row['above'])} of {row['calls']}",
+        ]
+        for row in bounds
+    ]
+    header = ["ratio", "", "bound", "geometric mean", "worst", "above the bound"]
+    return _markdown(header, cells)
 
 
 def _spans(rows: list[dict[str, Any]]) -> str:
