@@ -187,9 +187,6 @@ def test_interpolation():
         saveat=diffrax.SaveAt(ts=ts),
     ).ys
     assert max_error(discretisation.evaluate(at, ts), exact) < 1e-8
-    interpolation = discretisation.interpolation(at, 11)
-    assert interpolation.t0 == discretisation.t0s[11]
-    assert max_error(interpolation.evaluate(ts[1]), exact[1]) < 1e-8
 
 
 def test_finite():

@@ -5,8 +5,9 @@ from .base import (
     Iterate as Iterate,
     up_to_front as up_to_front,
 )
-from .discretisation import Discretisation as Discretisation, precision as precision
+from .discretisation import Discretisation as Discretisation
 from .interpolation import (
+    grid_time as grid_time,
     uniform_grid as uniform_grid,
     WindowInterpolationFactory as WindowInterpolationFactory,
 )
@@ -22,5 +23,6 @@ from .rounding import (
     noise as noise,
     noise_of_linear as noise_of_linear,
 )
+from .scheme import precision as precision, Scheme as Scheme
 from .stages import StageWindow as StageWindow
 from .tableau import Tableau as Tableau, tableau_of as tableau_of

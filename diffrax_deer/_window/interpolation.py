@@ -14,10 +14,13 @@ def uniform_grid(
     t0: RealScalarLike, t1: RealScalarLike, substeps: int
 ) -> Real[Array, " substeps_plus_1"]:
     """The times at which the substeps of the window `[t0, t1]` begin and end."""
-    return _grid_time(t0, t1, substeps, jnp.arange(substeps + 1))
+    return grid_time(t0, t1, substeps, jnp.arange(substeps + 1))
 
 
-def _grid_time(t0, t1, substeps, index):
+def grid_time(
+    t0: RealScalarLike, t1: RealScalarLike, substeps: int, index: Array
+) -> Array:
+    """Where some of the substeps begin."""
     fraction = index.astype(jnp.result_type(t0)) / substeps
     # Exact at both ends.
     return jnp.where(index == substeps, t1, t0 + fraction * (t1 - t0))
@@ -50,7 +53,7 @@ class WindowInterpolation(AbstractLocalInterpolation):
         index = jnp.ceil(position) - 1 if left else jnp.floor(position)
         index = jnp.clip(index, 0, self.substeps - 1).astype(jnp.int32)
         t0, t1 = (
-            _grid_time(self.t0, self.t1, self.substeps, i) for i in (index, index + 1)
+            grid_time(self.t0, self.t1, self.substeps, i) for i in (index, index + 1)
         )
         dense_info = jtu.tree_map(lambda x: x[index], self.dense_infos)
         return self.interpolation_cls(t0=t0, t1=t1, **dense_info).evaluate(t, left=left)

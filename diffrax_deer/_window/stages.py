@@ -116,10 +116,6 @@ class StageWindow(AbstractWindow):
         ks = ks + (1 - c) * (1 - 3 * c) * k0 + c * (3 * c - 2) * k1
         return Iterate(ys, ks / self.tableau.parts)
 
-    def errors(self, ks: Float[Array, "substeps parts stages size"]) -> Array:
-        """The embedded error estimates."""
-        return weighted(self.tableau.b_error, ks)
-
     def sequential(self) -> Iterate:
         """The solution, one stage after the other. Must be explicit."""
 

@@ -8,7 +8,7 @@ import optimistix as optx
 from diffrax import AbstractLocalInterpolation, Event, RESULTS
 from jaxtyping import Array, Bool, Int, PyTree, Real
 
-from ._custom_types import RealScalarLike
+from .._custom_types import RealScalarLike
 
 
 def _cond_fns(event: Event) -> list[Callable]:

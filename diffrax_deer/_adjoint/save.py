@@ -8,8 +8,8 @@ import jax.tree_util as jtu
 from diffrax import SubSaveAt
 from jaxtyping import Array, PyTree, Real
 
-from ._custom_types import IntScalarLike
-from ._trajectory import Trajectory
+from .._custom_types import IntScalarLike
+from .trajectory import Trajectory
 
 
 def save(
@@ -20,7 +20,6 @@ def save(
     tfinal: Real[Array, ""],
     yfinal: PyTree[Array],
     num_steps: IntScalarLike,
-    substeps_per_step: int,
     args: PyTree[Any],
 ) -> Any:
     """All that Diffrax saves, in the order in which it does so, but in one batch.
@@ -28,7 +27,8 @@ def save(
     `save_state` is what Diffrax has allocated for it. The solution ends at `tfinal`
     with the value `yfinal`: at an event, where it failed, or at the intended end `t1`.
     """
-    t0, problem, all_ys = trajectory.t0, trajectory.problem, trajectory.at.ys
+    problem, values = trajectory.problem, trajectory.values
+    t0, scheme = trajectory.t0, problem.scheme
     # One item for each kind of thing that is saved: which ones really are, where to,
     # and what.
     saved, indices, ts, ys = [], [], [], []
@@ -40,28 +40,32 @@ def save(
         saved.append(jnp.ones(1, bool))
         indices.append(jnp.zeros(1, jnp.int32))
         ts.append(t0[None])
-        ys.append(problem.window.y0[None])
+        ys.append(scheme.ravel(scheme.y0)[None])
 
     # Without the last step, which ends with `yfinal`.
     if subsaveat.steps > 0:
-        max_steps = len(all_ys) // substeps_per_step
+        # All substeps are kept.
+        all_ys, substeps = values.kept.at.ys, problem.substeps.per_step
+        max_steps = len(all_ys) // substeps
         steps = subsaveat.steps * jnp.arange(
             1, -(-max_steps // subsaveat.steps), dtype=jnp.int32
         )
-        last = substeps_per_step * steps - 1
+        last = substeps * steps - 1
         is_saved = steps < num_steps
         num_saved_steps = jnp.sum(is_saved, dtype=jnp.int32)
-        ends = jnp.where(is_saved, lax.stop_gradient(problem.t1s[last]), jnp.inf)
+        after, _ = problem.of_substeps(last + 1)
+        _, ends = problem.of_substeps(last)
+        ends = jnp.where(is_saved, lax.stop_gradient(ends), jnp.inf)
         index = num_t0 + jnp.arange(len(steps), dtype=jnp.int32)
         if subsaveat.ts is not None:
             index = index + jnp.searchsorted(subsaveat.ts, ends, side="right")
         saved.append(is_saved)
         indices.append(index)
         # If there is a jump between two steps, then Diffrax saves the time after it.
-        ts.append(problem.t0s[last + 1])
-        ys.append(all_ys[last])
+        ts.append(after)
+        ys.append(jnp.where(is_saved[:, None], all_ys[last], values.last.at.ys))
 
-    ys = [problem.unravel_all(y) for y in ys]
+    ys = [scheme.unravel_all(y) for y in ys]
 
     if subsaveat.ts is not None:
         # If nothing is solved then nothing is saved. (An event at the very beginning.)

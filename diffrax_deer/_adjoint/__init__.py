@@ -1,0 +1,1 @@
+from .deer_adjoint import DeerAdjoint as DeerAdjoint

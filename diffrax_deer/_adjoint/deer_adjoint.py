@@ -1,0 +1,366 @@
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractAdjoint, RESULTS, StepTo, SubSaveAt, UnsafeBrownianPath
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Int
+
+from .._checks import check_one_step_solver, check_positive_int, check_state
+from .._implicit import without_gradient
+from .._solver import DeerSolver
+from .._window import Scheme
+from .event import call_event, event_time
+from .loop import Layout, record, Recording, unmerged, with_results
+from .save import save
+from .stepper import AbstractStepper, MergedWindows, SequentialSteps, Windows
+from .times import anchors, are_known, ChosenTimes, KnownTimes
+from .trajectory import Problem, solution, Substeps, Trajectory
+
+
+# By default, keep up to this many bytes of substeps, or if that is more, up to this
+# many of them.
+_MAX_BYTES = 2**24
+_MIN_SUBSTEPS = 2**12
+# By default, merge up to this many substeps, but keep their Jacobians below this many
+# bytes. On a CPU, where those that are not used are made as well, only a few.
+_MAX_MERGED = 2**14
+_MAX_JACOBIAN_BYTES = 2**26
+_MAX_MERGED_ON_CPU = 32
+
+
+class DeerAdjoint(AbstractAdjoint):
+    r"""Saves, backpropagates, and looks for events, in parallel over time.
+
+    For use with [`diffrax_deer.DeerSolver`][], as
+    `diffeqsolve(..., adjoint=DeerAdjoint())`. It first runs Diffrax's loop over the
+    steps, in which it only keeps the trajectory. What is asked for follows from that:
+
+    - **Saving.** All of `SaveAt(ts=...)` is interpolated in one batch. (Diffrax itself
+        saves these points one after the other.) The functions of `SaveAt(fn=...)` are
+        batched with `jax.vmap`.
+    - **Derivatives** are those of the discretised equation, as with
+        `diffrax.RecursiveCheckpointAdjoint`. They are given by the implicit function
+        theorem: backwards through each window goes one linear recurrence, evaluated in
+        parallel, and no iteration is made again. Forward mode and higher derivatives
+        work as well, and so do derivatives with respect to `t0`, `t1`, the save times,
+        `StepTo(ts=...)`, and `ClipStepSizeController(step_ts=..., jump_ts=...)`. All
+        other times that an adaptive step size controller has chosen are treated as
+        constants. There is none with respect to `solver_state`, `controller_state`
+        and what the controller itself consists of.
+    - **Steps known in advance**, those of `ConstantStepSize` and `StepTo`, are merged:
+        with `DeerSolver(substeps=1)`, as many steps as fit become a single window. This
+        gives the steps, saved values and statistics of the wrapped solver itself in the
+        same call of `diffeqsolve`.
+    - **Events** are evaluated at all substeps, so that the first one to occur inside of
+        a window is found. It is then located as Diffrax does it, but within that
+        substep.
+
+    Any other one-step method of Diffrax may also be used as the solver, for example
+    `Tsit5()`. Then it makes its steps one after the other, and only what comes
+    afterwards is done in parallel.
+
+    `Solution.stats` additionally has `num_iterations`, the number of iterations in all
+    windows, including those that were rejected; `max_window_iterations`, that of the
+    window with the most of them; and `sequential_evaluations`, how many evaluations of
+    the vector field, or of its derivative, followed one another. (Of a solver that is
+    no Runge--Kutta method, how many steps.)
+
+    !!! info "Memory"
+
+        JAX has to know in advance for how many windows to allocate memory. This takes
+        about
+
+        `5 * max_windows * points * (size * (stages + 1) + 1) * itemsize` bytes
+
+        for the trajectory and what is made of it, where `points` is the number of grid
+        points in a window (`substeps`, or more if windows are merged), `size` is that
+        of the state, `stages` the number of stages if the solver is a Runge--Kutta
+        method (or zero), and `itemsize` is 8 in double and 4 in single precision. As on
+        a CPU it takes time to touch that memory, pass `diffeqsolve(..., max_steps=...)`
+        or `max_windows` if you know how many are needed. In particular, pass
+        `max_steps=1` if the whole solve is a single window.
+
+        Furthermore Jacobians are kept for one window at a time: a small multiple of
+        `points * size**2 * itemsize` bytes.
+
+    !!! warning
+
+        The differential equation must be one that can be evaluated a second time. That
+        excludes `diffrax.UnsafeBrownianPath`.
+    """
+
+    max_windows: int | None = eqx.field(default=None, static=True)
+    max_window_points: int | None = eqx.field(default=None, static=True)
+
+    def __check_init__(self):
+        if self.max_windows is not None:
+            check_positive_int(self.max_windows, "DeerAdjoint(max_windows=...)")
+        if self.max_window_points is not None:
+            check_positive_int(
+                self.max_window_points, "DeerAdjoint(max_window_points=...)"
+            )
+
+    def loop(
+        self,
+        *,
+        args,
+        terms,
+        solver,
+        stepsize_controller,
+        event,
+        saveat,
+        t0,
+        t1,
+        dt0,
+        max_steps,
+        throw,
+        init_state,
+        passed_solver_state,
+        passed_controller_state,
+        progress_meter,
+    ) -> Any:
+        # These are caches and guesses, and not differentiable.
+        del passed_solver_state, passed_controller_state
+        _check(solver, terms, init_state.y)
+        if are_known(stepsize_controller):
+            times = KnownTimes(
+                *(stepsize_controller, init_state.controller_state),
+                *(t0, init_state.tnext, t1, dt0, max_steps),
+            )
+        else:
+            times = None
+        y0, _ = ravel_pytree(init_state.y)
+        stepper = self._stepper(
+            solver, stepsize_controller, times, event, max_steps, y0
+        )
+        scheme = Scheme(stepper.one_step_solver, terms, args, init_state.y)
+        layout = self._layout(
+            stepper, stepsize_controller, scheme, saveat, y0, max_steps
+        )
+        call = call_event(
+            args,
+            dict(
+                terms=terms,
+                solver=solver,
+                t0=t0,
+                t1=t1,
+                dt0=dt0,
+                saveat=saveat,
+                stepsize_controller=stepsize_controller,
+                max_steps=max_steps,
+            ),
+        )
+
+        # First find the solution, without any derivatives...
+        recording, final_state = without_gradient(
+            lambda: record(
+                *(stepper, scheme, event, call, layout, init_state),
+                max_steps=max_steps,
+                t0=t0,
+                t1=t1,
+                progress_meter=progress_meter,
+            )
+        )
+        if throw:
+            recording = _error_if_full(recording, layout)
+
+        # ...and then whatever follows from it. Nothing is decided a second time.
+        if times is None:
+            fixed = [t0, t1, *anchors(stepsize_controller)]
+            times = ChosenTimes(recording.t0s, recording.t1s, fixed)
+        num_steps = _num_steps(stepper, recording)
+        substeps = Substeps(
+            _num_substeps(stepper, recording, num_steps),
+            recording.kept,
+            stepper.substeps,
+            layout.chunk,
+        )
+        linearisation = None if _are_repeated(scheme) else stepper.linearisation
+        problem = Problem(scheme, times, substeps, linearisation)
+        trajectory = Trajectory(problem, solution(recording.values, problem))
+        tfinal, yfinal, result = trajectory.t1, trajectory.y1, final_state.result
+        if event is not None:
+            tfinal, yfinal, result = _at_event(
+                event, call, recording, trajectory, final_state.result
+            )
+
+        def save_all(subsaveat, save_state):
+            return save(
+                *(subsaveat, save_state, trajectory, t1, tfinal, yfinal),
+                *(num_steps, args),
+            )
+
+        final_state = unmerged(stepper, init_state, final_state, num_steps)
+        final_state = with_results(
+            final_state,
+            y=yfinal,
+            result=result,
+            save_state=jtu.tree_map(
+                save_all, saveat.subs, init_state.save_state, is_leaf=_is_subsaveat
+            ),
+            event_mask=None if event is None else recording.event_mask,
+        )
+        if saveat.dense:
+            final_state = _dense(final_state, trajectory, stepper, num_steps)
+        stats = dict(
+            num_iterations=recording.num_iterations,
+            max_window_iterations=recording.max_window_iterations,
+            sequential_evaluations=recording.span,
+        )
+        return final_state, stats
+
+    def _stepper(self, solver, controller, times, event, max_steps, y0):
+        if type(solver) is not DeerSolver:
+            return SequentialSteps(solver, controller, self.max_window_points)
+        elif times is None:
+            return Windows(solver, controller)
+        substeps = solver.substeps
+        if self.max_window_points is not None:
+            points = self.max_window_points
+        elif substeps > 1 or event is not None:
+            # The user has chosen a window. Nor should much be solved in vain after an
+            # event.
+            points = substeps
+        elif jax.default_backend() == "cpu":
+            points = _MAX_MERGED_ON_CPU
+        else:
+            bytes_per_jacobian = max(y0.size, 1) ** 2 * y0.dtype.itemsize
+            points = min(_MAX_MERGED, _MAX_JACOBIAN_BYTES // bytes_per_jacobian)
+        steps = max(points // substeps, 1)
+        steps = steps if max_steps is None else min(steps, max_steps)
+        if steps == 1:
+            return Windows(solver, controller)
+        return MergedWindows(solver, times, steps)
+
+    def _layout(self, stepper, controller, scheme, saveat, y0, max_steps) -> Layout:
+        # Only what is asked for is kept, unless that is everything.
+        subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
+        is_all = saveat.dense or any(sub.steps > 0 for sub in subs)
+        is_all = is_all or not _are_repeated(scheme)
+        ts = [sub.ts for sub in subs if sub.ts is not None]
+        if is_all:
+            ts = None
+        elif len(ts) == 0:
+            ts = jnp.zeros(0)
+        else:
+            ts = ts[0] if len(ts) == 1 else jnp.sort(jnp.concatenate(ts))
+
+        if isinstance(controller, StepTo):
+            num_steps = len(controller.ts) - 1
+            max_steps = num_steps if max_steps is None else min(max_steps, num_steps)
+        max_windows = self.max_windows
+        if max_windows is None:
+            parts, stages = scheme.stage_shape
+            bytes_per_substep = max(y0.size * y0.dtype.itemsize, 1)
+            if is_all:
+                bytes_per_substep *= 2 + parts * stages
+            max_substeps = max(_MAX_BYTES // bytes_per_substep, _MIN_SUBSTEPS)
+            max_windows = max(max_substeps // stepper.size, 1)
+        if max_steps is not None:
+            max_windows = min(max_windows, -(-max_steps // stepper.steps))
+        chunk = stepper.chunk(scheme, max_windows)
+        return Layout(max_windows, stepper.size, chunk, ts)
+
+
+DeerAdjoint.__init__.__doc__ = """**Arguments:**
+
+- `max_windows`: the number of windows to allocate memory for. A positive integer. If
+    more are needed then this raises an error, or with `diffeqsolve(..., throw=False)`
+    returns `RESULTS.max_steps_reached`. With solvers other than
+    [`diffrax_deer.DeerSolver`][], every step is a window. Defaults to
+    `diffeqsolve(..., max_steps=...)`, or if that is less to as many as fit into 2 MiB
+    or make 4096 grid points, whichever is more.
+- `max_window_points`: the number of grid points in a window. A positive integer. Steps
+    known in advance are merged until there are that many. Of solvers other than
+    [`diffrax_deer.DeerSolver`][], this is the number of steps through which to
+    backpropagate at once, by default 128, and on a CPU 16. By default steps are only
+    merged with `DeerSolver(substeps=1)` and without an event, up to 16384 of them, or
+    fewer if their Jacobians would take more than 64 MiB. Larger windows suit GPUs, and
+    smaller ones CPUs.
+"""
+
+
+def _check(solver, terms, y0):
+    check_one_step_solver(solver, "diffeqsolve(..., solver=..., adjoint=DeerAdjoint())")
+    check_state(y0, "y0")
+    is_unsafe = lambda x: isinstance(x, UnsafeBrownianPath)
+    if any(map(is_unsafe, jtu.tree_leaves(terms, is_leaf=is_unsafe))):
+        raise ValueError(
+            "`adjoint=DeerAdjoint()` does not support `UnsafeBrownianPath`, which "
+            "cannot be evaluated a second time. Use `VirtualBrownianTree` instead."
+        )
+
+
+def _are_repeated(scheme: Scheme) -> bool:
+    """Whether substeps are made again for their derivatives, one after the other,
+    rather than kept."""
+    return jax.default_backend() == "cpu" and scheme.is_explicit
+
+
+def _error_if_full(recording: Recording, layout: Layout) -> Recording:
+    return eqx.error_if(
+        recording,
+        recording.is_full,
+        f"`DeerAdjoint` has only got memory for {layout.max_windows} windows of "
+        f"{layout.window_size} grid points each, and more are needed. Pass a larger "
+        "`DeerAdjoint(max_windows=...)`.",
+    )
+
+
+def _is_subsaveat(x):
+    return isinstance(x, SubSaveAt)
+
+
+def _num_steps(stepper: AbstractStepper, recording: Recording) -> Int[Array, ""]:
+    """How many steps have been made, until the event if there was one."""
+    before = stepper.steps * jnp.maximum(recording.num_windows - 1, 0)
+    if isinstance(stepper, MergedWindows):
+        # The last window may extend beyond the end, by steps of length zero.
+        index = before + jnp.arange(stepper.steps, dtype=jnp.int32)
+        t0s, t1s = stepper.times(index)
+        made = before + jnp.sum(t0s < t1s, dtype=jnp.int32)
+    else:
+        made = recording.num_windows
+    made = jnp.where(recording.num_windows == 0, 0, made)
+    until_event = before + recording.event_substep // stepper.substeps + 1
+    return jnp.where(recording.had_event, until_event, made)
+
+
+def _num_substeps(stepper, recording, num_steps) -> Int[Array, ""]:
+    before = stepper.size * (recording.num_windows - 1)
+    until_event = before + recording.event_substep + 1
+    made = num_steps * stepper.substeps
+    return jnp.where(recording.had_event, until_event, made)
+
+
+def _at_event(event, call, recording, trajectory, result):
+    # Not with a `lax.cond`: in a batch, its branches would be transposed with zeros for
+    # what they have not computed, and divide by them.
+    had_event, interpolation = recording.had_event, trajectory.at_last()
+    t0, t1 = interpolation.t0, interpolation.t1
+    mask = recording.event_mask
+    t, event_result = event_time(event, call, mask, t0, t1, interpolation)
+    select = lambda x, y: jtu.tree_map(lambda x, y: jnp.where(had_event, x, y), x, y)
+    failed = had_event & (event_result != RESULTS.successful)
+    return (
+        select(t, trajectory.t1),
+        select(interpolation.evaluate(t), trajectory.y1),
+        RESULTS.where(failed, event_result, result),
+    )
+
+
+def _dense(final_state, trajectory, stepper, num_steps):
+    problem = trajectory.problem
+    starts, _ = problem.of_substeps(problem.substeps.kept[:: stepper.substeps])
+    index = jnp.arange(len(starts) + 1, dtype=jnp.int32)
+    ts = jnp.where(index < num_steps, jnp.append(starts, trajectory.t1), jnp.inf)
+    ts = jnp.where(index == num_steps, trajectory.t1, ts)
+    return with_results(
+        final_state,
+        dense_ts=ts,
+        dense_infos=stepper.grouped(trajectory.dense_infos()),
+        dense_save_index=num_steps,
+    )

@@ -1,0 +1,371 @@
+"""Diffrax's loop over the steps, of which only what is needed later is kept.
+
+This module alone knows what the state of that loop consists of. It does not call that
+loop, as that saves one point after the other, and keeps nothing of what goes on inside
+of a step.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import is_okay, is_successful, RESULTS
+from jaxtyping import Array, Bool, Int, PyTree, Real
+
+from .._custom_types import RealScalarLike
+from .._window import Iterate, Scheme
+from .event import first_crossing
+from .stepper import AbstractStepper, MergedWindows
+from .trajectory import Rows, Values
+
+
+class Layout(eqx.Module):
+    """How much memory there is for what.
+
+    **Attributes:**
+
+    - `max_windows`: that is, windows that were accepted.
+    - `chunk`: how many substeps are differentiated at once.
+    - `ts`: at which times the solution will be asked for, in order. If `None` then at
+        any.
+    """
+
+    max_windows: int = eqx.field(static=True)
+    window_size: int = eqx.field(static=True)
+    chunk: int = eqx.field(static=True)
+    ts: Real[Array, " points"] | None
+
+    @property
+    def max_substeps(self) -> int:
+        return self.max_windows * self.window_size
+
+    @property
+    def max_chunks(self) -> int:
+        return -(-self.max_substeps // self.chunk)
+
+    @property
+    def max_kept(self) -> int:
+        if self.ts is None:
+            return self.max_substeps
+        else:
+            return min(len(self.ts), self.max_substeps)
+
+
+class Recording(eqx.Module):
+    """What has been kept of all windows that were accepted.
+
+    **Attributes:**
+
+    - `t0s`, `t1s`: when each of the windows begins and ends.
+    - `values`: of their solution.
+    - `kept`: which substeps these are about.
+    - `event_substep`: in the last window, that in which an event has occurred.
+    """
+
+    t0s: Real[Array, " windows"]
+    t1s: Real[Array, " windows"]
+    values: Values
+    kept: Int[Array, " kept"]
+    event_substep: Int[Array, ""]
+    num_windows: Int[Array, ""]
+    num_kept: Int[Array, ""]
+    num_points: Int[Array, ""]
+    # More windows would have been needed than there is memory for.
+    is_full: Bool[Array, ""]
+    had_event: Bool[Array, ""]
+    event_mask: PyTree[Bool[Array, ""]]
+    num_iterations: Int[Array, ""]
+    max_window_iterations: Int[Array, ""]
+    span: Int[Array, ""]
+
+
+class _State(eqx.Module):
+    # As in Diffrax.
+    y: PyTree[Array]
+    tprev: Real[Array, ""]
+    tnext: Real[Array, ""]
+    made_jump: Any
+    solver_state: PyTree[Any]
+    controller_state: PyTree[Any]
+    result: RESULTS
+    num_steps: Int[Array, ""]
+    num_accepted_steps: Int[Array, ""]
+    progress_meter_state: PyTree[Array]
+    # And what is ours.
+    recording: Recording
+
+
+def record(
+    stepper: AbstractStepper,
+    scheme: Scheme,
+    event: Any,
+    call_event: Callable,
+    layout: Layout,
+    init_state: Any,
+    *,
+    max_steps: int | None,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    progress_meter: Any,
+) -> tuple[Recording, Any]:
+    """Makes all steps. `init_state` is what Diffrax begins with, and what it ends with
+    is returned as well."""
+    controller = stepper.chosen_by
+    solver_state, controller_state, tnext = stepper.init(
+        init_state.solver_state, init_state.controller_state, init_state.tnext
+    )
+    max_windows = None if max_steps is None else -(-max_steps // stepper.steps)
+    error_order = stepper.solver.error_order(scheme.terms)
+    # As in Diffrax, which thus avoids tiny steps at the end.
+    almost_t1 = t1 - 100 * jnp.spacing(t1)
+
+    def is_unfinished(state):
+        return (state.tprev < t1) & is_successful(state.result)
+
+    def step(state: _State) -> _State:
+        recording = state.recording
+        index, made_jump = recording.num_windows, state.made_jump
+        ts = stepper.grid(index, state.tprev, state.tnext)
+        made = stepper.make(scheme, ts, state.y, state.solver_state, made_jump)
+        y_error = jtu.tree_map(
+            lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), made.y_error
+        )
+        keep, tprev, tnext, made_jump, controller_state, result = (
+            controller.adapt_step_size(
+                *(state.tprev, state.tnext, state.y, made.y1, scheme.args),
+                *(y_error, error_order, state.controller_state),
+            )
+        )
+        tprev = jnp.minimum(tprev, t1)
+        end = jnp.where(keep, t1, tprev + 0.5 * (t1 - tprev))
+        tnext = jnp.where(tnext > almost_t1, end, tnext)
+        if state.made_jump is False:
+            made_jump = False
+        else:
+            made_jump = jnp.where(keep, made_jump, state.made_jump)
+
+        # The first failure counts. A window that failed ends the solve, even if it has
+        # been accepted.
+        is_good = keep & (made.result == RESULTS.successful)
+        solver_result = RESULTS.where(keep, made.result, RESULTS.successful)
+        result = RESULTS.where(is_okay(solver_result), result, solver_result)
+        is_good = jnp.asarray(is_good)
+
+        substep = jnp.array(stepper.size - 1, jnp.int32)
+        if event is not None:
+            y0, ys = scheme.ravel(state.y), made.at.ys
+            occurred, event_substep, mask = first_crossing(
+                event, call_event, ts, scheme.unravel_all(jnp.vstack([y0, ys]))
+            )
+            occurred = is_good & occurred
+            substep = jnp.where(occurred, event_substep, substep)
+            recording = dataclasses.replace(
+                recording, had_event=occurred, event_mask=mask
+            )
+        recording = _keep(
+            recording, layout, is_good, ts, scheme, state.y, made, substep
+        )
+        if max_windows is None or layout.max_windows < max_windows:
+            is_full = (recording.num_windows >= layout.max_windows) & (tprev < t1)
+            is_full = is_full & jnp.invert(recording.had_event)
+            recording = dataclasses.replace(recording, is_full=is_full)
+        result = RESULTS.where(
+            is_okay(result) & recording.is_full, RESULTS.max_steps_reached, result
+        )
+        result = RESULTS.where(
+            is_okay(result) & recording.had_event, RESULTS.event_occurred, result
+        )
+
+        select = lambda x, y: jtu.tree_map(lambda x, y: jnp.where(keep, x, y), x, y)
+        done = (tprev - t0) / jnp.where(t0 == t1, 1, t1 - t0)
+        return _State(
+            y=select(made.y1, state.y),
+            tprev=tprev,
+            tnext=tnext,
+            made_jump=made_jump,
+            solver_state=select(made.solver_state, state.solver_state),
+            controller_state=controller_state,
+            result=result,
+            num_steps=state.num_steps + 1,
+            num_accepted_steps=state.num_accepted_steps + jnp.where(keep, 1, 0),
+            progress_meter_state=progress_meter.step(state.progress_meter_state, done),
+            recording=recording,
+        )
+
+    zero = jnp.array(0, jnp.int32)
+    state = _State(
+        y=init_state.y,
+        tprev=jnp.asarray(init_state.tprev),
+        tnext=jnp.asarray(tnext),
+        made_jump=_made_jump(
+            controller, controller_state, error_order, scheme, init_state
+        ),
+        solver_state=solver_state,
+        controller_state=controller_state,
+        result=init_state.result,
+        num_steps=zero,
+        num_accepted_steps=zero,
+        progress_meter_state=init_state.progress_meter_state,
+        recording=_nothing(layout, scheme, init_state),
+    )
+    state = eqxi.while_loop(
+        is_unfinished,
+        step,
+        state,
+        max_steps=max_windows,
+        buffers=lambda s: _buffers(s.recording),
+        # With a single step this is no loop at all, which is quicker to compile.
+        kind="bounded" if max_windows == 1 else "lax",
+    )
+    result = RESULTS.where(
+        is_unfinished(state), RESULTS.max_steps_reached, state.result
+    )
+    final_state = dataclasses.replace(
+        init_state,
+        tprev=state.tprev,
+        tnext=state.tnext,
+        made_jump=state.made_jump,
+        solver_state=state.solver_state,
+        controller_state=state.controller_state,
+        result=result,
+        num_steps=state.num_steps,
+        num_accepted_steps=state.num_accepted_steps,
+        num_rejected_steps=state.num_steps - state.num_accepted_steps,
+        progress_meter_state=state.progress_meter_state,
+    )
+    return state.recording, final_state
+
+
+def unmerged(
+    stepper: AbstractStepper,
+    init_state: Any,
+    final_state: Any,
+    num_steps: Int[Array, ""],
+) -> Any:
+    """What Diffrax's loop would have ended with after so many steps, if windows consist
+    of several of these."""
+    if not isinstance(stepper, MergedWindows):
+        return final_state
+    solver_state, controller_state = stepper.unmerged(
+        init_state.solver_state, final_state.solver_state, num_steps
+    )
+    return dataclasses.replace(
+        final_state,
+        solver_state=lax.stop_gradient(solver_state),
+        controller_state=lax.stop_gradient(controller_state),
+        num_steps=num_steps,
+        num_accepted_steps=num_steps,
+    )
+
+
+def with_results(final_state: Any, **fields: Any) -> Any:
+    """Adds what follows from the solution: `y`, `save_state`, ..."""
+    return dataclasses.replace(final_state, **fields)
+
+
+def _made_jump(controller, controller_state, error_order, scheme, init_state):
+    # Most controllers know that they never jump. Then solvers need not provide for it.
+    t, y = init_state.tprev, init_state.y
+    *_, made_jump, _, _ = eqx.filter_eval_shape(
+        *(controller.adapt_step_size, t, t, y, y, scheme.args, y, error_order),
+        controller_state,
+    )
+    if made_jump is False and init_state.made_jump is False:
+        return False
+    return jnp.asarray(init_state.made_jump)
+
+
+def _nothing(layout, scheme, init_state) -> Recording:
+    t, y = jnp.asarray(init_state.tprev), scheme.ravel(init_state.y)
+    zero, false = jnp.array(0, jnp.int32), jnp.array(False)
+    ts = jnp.zeros(layout.max_windows, t.dtype)
+    rows = lambda *shape: jnp.zeros((*shape, y.size), y.dtype)
+    kept, stages = layout.max_kept, scheme.stage_shape
+    values = Values(
+        chunks=rows(layout.max_chunks),
+        kept=Rows(rows(kept), Iterate(rows(kept), rows(kept, *stages))),
+        last=Rows(y, Iterate(y, rows(*stages))),
+    )
+    return Recording(
+        t0s=ts,
+        t1s=ts,
+        values=values,
+        kept=jnp.full(kept, layout.max_substeps, jnp.int32),
+        event_substep=zero,
+        num_windows=zero,
+        num_kept=zero,
+        num_points=zero,
+        is_full=false,
+        had_event=false,
+        event_mask=init_state.event_mask,
+        num_iterations=zero,
+        max_window_iterations=zero,
+        span=zero,
+    )
+
+
+def _buffers(recording):
+    values = recording.values
+    return recording.t0s, recording.t1s, values.chunks, values.kept, recording.kept
+
+
+def _keep(
+    recording: Recording, layout: Layout, is_good, ts, scheme, y0, made, substep
+) -> Recording:
+    """Keeps what is needed of a window, if it is good."""
+
+    def set_at(buffer, index, value):
+        if 0 in jnp.shape(value) or layout.max_kept == 0 and jnp.ndim(index) > 0:
+            return buffer
+        return eqxi.buffer_at_set(buffer, index, value, pred=is_good)
+
+    window, size = recording.num_windows, layout.window_size
+    add = lambda n: n + jnp.where(is_good, 1, 0).astype(jnp.int32)
+    first = window * size
+    of_all = first + jnp.arange(size, dtype=jnp.int32)
+    starts = jnp.concatenate([scheme.ravel(y0)[None], made.at.ys[:-1]])
+    rows, values = Rows(starts, made.at), recording.values
+    if layout.ts is None:
+        index, num_kept, num_points = of_all, recording.num_kept, 0
+    else:
+        # Which substeps are those that the points lie in.
+        method = "compare_all" if size == 1 else "scan"
+        ends = jnp.searchsorted(layout.ts, ts[1:], side="right", method=method)
+        ends = ends.astype(jnp.int32)
+        is_kept = jnp.diff(ends, prepend=recording.num_points) > 0
+        index = recording.num_kept + jnp.cumsum(is_kept, dtype=jnp.int32) - 1
+        num_kept = jnp.where(is_good, jnp.max(index) + 1, recording.num_kept)
+        index = jnp.where(is_kept, index, layout.max_kept)
+        num_points = jnp.where(is_good, ends[-1], recording.num_points)
+    # Windows consist of whole chunks, or chunks of whole windows.
+    chunk = jnp.where(
+        first % layout.chunk == 0, first // layout.chunk, layout.max_chunks
+    )
+    values = Values(
+        chunks=set_at(values.chunks, chunk, starts[0]),
+        kept=jtu.tree_map(lambda row, x: set_at(x, index, row), rows, values.kept),
+        last=jtu.tree_map(
+            lambda row, x: jnp.where(is_good, row[substep], x), rows, values.last
+        ),
+    )
+    return dataclasses.replace(
+        recording,
+        t0s=set_at(recording.t0s, window, ts[0]),
+        t1s=set_at(recording.t1s, window, ts[-1]),
+        values=values,
+        kept=set_at(recording.kept, index, of_all),
+        event_substep=substep,
+        num_windows=add(window),
+        num_kept=num_kept,
+        num_points=jnp.asarray(num_points, jnp.int32),
+        num_iterations=recording.num_iterations + made.num_iterations,
+        max_window_iterations=jnp.maximum(
+            recording.max_window_iterations, made.num_iterations
+        ),
+        span=recording.span + made.span,
+    )

@@ -1,0 +1,297 @@
+"""What gets from one window to the next: a step of a solver, or many of them."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractSolver, RESULTS
+from equinox import AbstractVar
+from jaxtyping import Array, Int, PyTree, Real
+
+from .._custom_types import IntScalarLike
+from .._method import AbstractMethod, DEER
+from .._scan import AbstractScan, AutoScan
+from .._solver import DeerSolver
+from .._state import DeerState
+from .._window import Iterate, Scheme, uniform_grid
+from .times import advance, KnownTimes
+
+
+# Of a sequential solver, how many steps are differentiated at once on GPUs, and how
+# many stages there are in these on CPUs.
+_CHUNK = 128
+_STAGES_IN_CHUNK = 32
+
+
+class Made(eqx.Module):
+    """What an attempt at a window has led to."""
+
+    y1: PyTree[Array]
+    y_error: PyTree[Array] | None
+    at: Iterate
+    solver_state: PyTree[Any]
+    result: RESULTS
+    num_iterations: IntScalarLike
+    span: IntScalarLike
+
+
+class AbstractStepper(eqx.Module):
+    """Makes one window after the other.
+
+    **Attributes:**
+
+    - `solver`: what the user has passed to `diffeqsolve`.
+    """
+
+    solver: AbstractVar[AbstractSolver]
+
+    @property
+    @abc.abstractmethod
+    def one_step_solver(self) -> AbstractSolver:
+        """What makes the substeps."""
+
+    @property
+    @abc.abstractmethod
+    def substeps(self) -> int:
+        """How many of them each step of `solver` consists of."""
+
+    @property
+    @abc.abstractmethod
+    def steps(self) -> int:
+        """How many steps of `solver` each window consists of."""
+
+    @property
+    def size(self) -> int:
+        """The number of substeps of a window."""
+        return self.steps * self.substeps
+
+    @property
+    @abc.abstractmethod
+    def linearisation(self) -> tuple[AbstractMethod, AbstractScan]:
+        """How windows are differentiated that have been kept."""
+
+    @property
+    @abc.abstractmethod
+    def chosen_by(self) -> Any:
+        """The step size controller that chooses the windows."""
+
+    @abc.abstractmethod
+    def chunk(self, scheme: Scheme, max_windows: int) -> int:
+        """How many substeps to differentiate at once. Windows consist of such chunks,
+        or these of windows."""
+
+    @abc.abstractmethod
+    def init(
+        self, solver_state: Any, controller_state: Any, tnext: Any
+    ) -> tuple[Any, Any, Any]:
+        """What to begin with, where Diffrax would begin with these."""
+
+    @abc.abstractmethod
+    def grid(
+        self, index: IntScalarLike, t0: Real[Array, ""], t1: Real[Array, ""]
+    ) -> Real[Array, " size_plus_1"]:
+        """Where the substeps of the window with this index begin and end."""
+
+    @abc.abstractmethod
+    def make(
+        self,
+        scheme: Scheme,
+        ts: Real[Array, " size_plus_1"],
+        y0: PyTree[Array],
+        solver_state: Any,
+        made_jump: Any,
+    ) -> Made:
+        """Attempts the window over this grid."""
+
+    @abc.abstractmethod
+    def grouped(self, dense_infos: PyTree[Array]) -> PyTree[Array]:
+        """What Diffrax calls the dense information, given that of all substeps."""
+
+
+class SequentialSteps(AbstractStepper):
+    """Every step of any one-step method is a window."""
+
+    solver: AbstractSolver
+    controller: Any
+    max_chunk: int | None = eqx.field(static=True)
+
+    @property
+    def one_step_solver(self) -> AbstractSolver:
+        return self.solver
+
+    @property
+    def substeps(self) -> int:
+        return 1
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    @property
+    def linearisation(self) -> tuple[AbstractMethod, AbstractScan]:
+        return DEER(), AutoScan()
+
+    @property
+    def chosen_by(self) -> Any:
+        return self.controller
+
+    def chunk(self, scheme: Scheme, max_windows: int) -> int:
+        if self.max_chunk is not None:
+            chunk = self.max_chunk
+        elif jax.default_backend() == "cpu":
+            chunk = -(-_STAGES_IN_CHUNK // scheme.span)
+        else:
+            chunk = _CHUNK
+        return min(chunk, max_windows)
+
+    def init(self, solver_state, controller_state, tnext):
+        return solver_state, controller_state, tnext
+
+    def grid(self, index, t0, t1) -> Real[Array, "2"]:
+        del index
+        return jnp.stack([t0, t1])
+
+    def make(self, scheme, ts, y0, solver_state, made_jump) -> Made:
+        t0, t1 = ts
+        y1, y_error, dense_info, state, result = self.solver.step(
+            scheme.terms, t0, t1, y0, scheme.args, solver_state, made_jump
+        )
+        ks = scheme.stages(t0, t1, y0, y1, dense_info)
+        at = Iterate(scheme.ravel(y1)[None], ks[None])
+        return Made(y1, y_error, at, state, result, 0, scheme.span)
+
+    def grouped(self, dense_infos):
+        return dense_infos
+
+
+class AbstractWindows(AbstractStepper):
+    """The windows of a `DeerSolver`."""
+
+    solver: AbstractVar[DeerSolver]
+
+    @property
+    def one_step_solver(self) -> AbstractSolver:
+        return self.solver.solver
+
+    @property
+    def substeps(self) -> int:
+        return self.solver.substeps
+
+    @property
+    def linearisation(self) -> tuple[AbstractMethod, AbstractScan]:
+        return self.solver.method, self.solver.scan
+
+    def chunk(self, scheme: Scheme, max_windows: int) -> int:
+        del scheme, max_windows
+        return self.size
+
+    def make(self, scheme, ts, y0, solver_state, made_jump) -> Made:
+        del made_jump
+        y1, y_error, _, state, result, at = self.solver.solve_window(
+            scheme.terms, ts, y0, scheme.args, solver_state
+        )
+        span = state.sequential_evaluations
+        return Made(y1, y_error, at, state, result, state.num_iterations, span)
+
+    def grouped(self, dense_infos):
+        def split(x):
+            number = len(x) // self.substeps
+            return x.reshape(number, self.substeps, *x.shape[1:])
+
+        return dict(dense_infos=jtu.tree_map(split, dense_infos))
+
+
+class Windows(AbstractWindows):
+    """Every step of a `DeerSolver` is a window."""
+
+    solver: DeerSolver
+    controller: Any
+
+    @property
+    def steps(self) -> int:
+        return 1
+
+    @property
+    def chosen_by(self) -> Any:
+        return self.controller
+
+    def init(self, solver_state, controller_state, tnext):
+        return solver_state, controller_state, tnext
+
+    def grid(self, index, t0, t1) -> Real[Array, " size_plus_1"]:
+        del index
+        return uniform_grid(t0, t1, self.substeps)
+
+
+class MergedWindows(AbstractWindows):
+    """Every window consists of many steps of a `DeerSolver`, at times that are known
+    beforehand."""
+
+    solver: DeerSolver
+    times: KnownTimes
+    steps_per_window: int = eqx.field(static=True)
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_window
+
+    @property
+    def chosen_by(self) -> Any:
+        return _KnownWindows(self.times, self.steps)
+
+    def init(self, solver_state, controller_state, tnext):
+        del controller_state, tnext
+        # The trajectory is not used as a guess: there is no window twice.
+        longer = lambda x: jnp.zeros((self.size, *x.shape[1:]), x.dtype)
+        ys = jtu.tree_map(longer, solver_state.ys)
+        solver_state = eqx.tree_at(lambda s: s.ys, solver_state, ys)
+        one = jnp.array(1, jnp.int32)
+        return solver_state, one, self.times.starts(self.steps * one)
+
+    def grid(self, index, t0, t1) -> Real[Array, " size_plus_1"]:
+        del t0
+        steps = jnp.arange(self.steps + 1, dtype=jnp.int32)
+        ts = self.times.starts(index * self.steps + steps)
+        grid = eqx.filter_vmap(uniform_grid, in_axes=(0, 0, None))(
+            ts[:-1], ts[1:], self.substeps
+        )
+        return jnp.append(grid[:, :-1].reshape(-1), t1)
+
+    def unmerged(
+        self, init_state: Any, solver_state: DeerState, num_steps: Int[Array, ""]
+    ) -> tuple[Any, Any]:
+        """The states of the solver and of the user's controller after so many steps,
+        given that of the solver before the first and after the last window."""
+        last = jnp.maximum(num_steps, 1) - 1
+
+        def last_step(ys):
+            index = (last % self.steps) * self.substeps
+            return lax.dynamic_slice_in_dim(ys, index, self.substeps)
+
+        t0, t1 = self.times(last)
+        new_state = DeerState(
+            t0=t0,
+            t1=t1,
+            ys=jtu.tree_map(last_step, solver_state.ys),
+            num_iterations=solver_state.num_iterations,
+            sequential_evaluations=solver_state.sequential_evaluations,
+        )
+        new_state = jtu.tree_map(
+            lambda x, y: jnp.where(num_steps == 0, x, y), init_state, new_state
+        )
+        times = self.times
+        return new_state, advance(times.controller, times.controller_state, num_steps)
+
+
+class _KnownWindows(eqx.Module):
+    times: KnownTimes
+    steps: int = eqx.field(static=True)
+
+    def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, state):
+        del t0, y0, y1, args, y_error, error_order
+        tnext = self.times.starts((state + 1) * self.steps)
+        return True, t1, tnext, False, state + 1, RESULTS.successful

@@ -1,0 +1,117 @@
+"""When steps begin and end, and what that depends on."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from diffrax import (
+    AbstractStepSizeController,
+    ClipStepSizeController,
+    ConstantStepSize,
+    StepTo,
+)
+from jaxtyping import Array, Int, PyTree, Real
+
+from .._custom_types import IntScalarLike, RealScalarLike
+
+
+class AbstractTimes(eqx.Module):
+    """The times of all steps, as functions of what the user has passed."""
+
+    @abc.abstractmethod
+    def __call__(self, index: Int[Array, "*shape"]) -> tuple[Array, Array]:
+        """When the steps with these indices begin and end."""
+
+
+class KnownTimes(AbstractTimes):
+    """Those of a controller that knows them in advance. After `max_steps`, or once `t1`
+    has been reached, steps of length zero follow."""
+
+    controller: AbstractStepSizeController
+    # Before the first step has been made.
+    controller_state: PyTree[Any]
+    t0: Real[Array, ""]
+    tnext: Real[Array, ""]
+    t1: Real[Array, ""]
+    dt0: RealScalarLike | None
+    max_steps: int | None = eqx.field(static=True)
+
+    def __call__(self, index):
+        return self.starts(index), self.starts(index + 1)
+
+    def starts(self, index: Int[Array, "*shape"]) -> Real[Array, "*shape"]:
+        if self.max_steps is not None:
+            index = jnp.minimum(index, self.max_steps)
+        ts = jnp.vectorize(self._later)(index)
+        ts = jnp.where(index == 0, self.t0, jnp.where(index == 1, self.tnext, ts))
+        # As in `diffeqsolve`, which thus avoids tiny steps at the end.
+        fixed_t1 = lax.stop_gradient(self.t1)
+        almost_t1 = fixed_t1 - 100 * jnp.spacing(fixed_t1)
+        return jnp.where((ts > almost_t1) | (ts >= self.t1), self.t1, ts)
+
+    def _later(self, n):
+        dtype = jnp.result_type(self.t0)
+        # Only used without an end: then steps are added up.
+        previous = self.t0
+        if self.dt0 is not None:
+            previous = self.t0 + (n - 1).astype(dtype) * self.dt0
+        state = advance(self.controller, self.controller_state, n - 2)
+        # No controller of this kind looks at any of what is missing.
+        unused: Any = None
+        _, _, end, _, _, _ = self.controller.adapt_step_size(
+            previous, previous, unused, unused, unused, unused, unused, state
+        )
+        return jnp.asarray(end, dtype)
+
+
+class ChosenTimes(AbstractTimes):
+    """Times that a controller has chosen. Those that equal one of the `anchors`, up to
+    a rounding error, move with that one, and all others are constants."""
+
+    t0s: Real[Array, " steps"]
+    t1s: Real[Array, " steps"]
+    anchors: list[Real[Array, "..."]]
+
+    def __call__(self, index):
+        return self._moved(self.t0s[index]), self._moved(self.t1s[index])
+
+    def _moved(self, ts):
+        ts = lax.stop_gradient(ts)
+        moving = jnp.sort(jnp.concatenate([jnp.ravel(x) for x in self.anchors]))
+        fixed = lax.stop_gradient(moving)
+        right = jnp.clip(jnp.searchsorted(fixed, ts), 1, len(moving) - 1)
+        left = right - 1
+        nearest = jnp.where(ts - fixed[left] < fixed[right] - ts, left, right)
+        # Jumps are stepped over, from the floating point number before to the one
+        # after.
+        same = jnp.abs(ts - fixed[nearest]) <= 2 * jnp.spacing(jnp.abs(ts))
+        same = same & jnp.isfinite(fixed[nearest])
+        return ts + jnp.where(same, moving[nearest] - fixed[nearest], 0)
+
+
+def anchors(controller: AbstractStepSizeController) -> list[Array]:
+    """The times that steps are made to end at, which so may be differentiated."""
+    if isinstance(controller, ClipStepSizeController):
+        ts = [controller.step_ts, controller.jump_ts]
+        ts = [x for x in ts if x is not None]
+        return [*ts, *anchors(controller.controller)]
+    else:
+        return []
+
+
+def are_known(controller: AbstractStepSizeController) -> bool:
+    """Whether a step size controller knows all of its steps in advance."""
+    return type(controller) in (ConstantStepSize, StepTo)
+
+
+def advance(
+    controller: AbstractStepSizeController, state: PyTree[Any], steps: IntScalarLike
+) -> PyTree[Any]:
+    """The state of such a controller after some more steps."""
+    if type(controller) is ConstantStepSize:
+        steps_completed, *fixed = state
+        return (steps_completed + steps, *fixed)
+    else:
+        return state + steps

@@ -1,0 +1,301 @@
+"""The solution, as a function of what the user has passed, and its interpolation."""
+
+import functools as ft
+import math
+from collections.abc import Callable
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractLocalInterpolation
+from jaxtyping import Array, Float, Int, PyTree, Real
+
+from .._implicit import implicit_solution, with_zeros
+from .._method import AbstractMethod
+from .._scan import AbstractScan
+from .._window import Discretisation, grid_time, Iterate, Scheme
+from .times import AbstractTimes
+
+
+# Into how many parts chunks are divided, and these again.
+_BASE = 4
+
+
+class Rows(eqx.Module):
+    """Some of the substeps: the values at their starts, and what these lead to."""
+
+    starts: Float[Array, "*rows size"]
+    at: Iterate
+
+
+class Values(eqx.Module):
+    """What is known of the solution.
+
+    **Attributes:**
+
+    - `chunks`: the values at the start of every chunk.
+    - `kept`: the substeps in which the solution is asked for.
+    - `last`: the last substep of all, or that in which an event has occurred.
+    """
+
+    chunks: Float[Array, "chunks size"]
+    kept: Rows
+    last: Rows
+
+
+class Substeps(eqx.Module):
+    """How many there are, and how they are grouped.
+
+    **Attributes:**
+
+    - `number`: how many there are.
+    - `kept`: which of these are kept, in order. Followed by numbers that are larger
+        than that of any substep.
+    - `per_step`: how many of them are a step.
+    - `per_chunk`: how many of them are differentiated at once.
+    """
+
+    number: Int[Array, ""]
+    kept: Int[Array, " kept"]
+    per_step: int = eqx.field(static=True)
+    per_chunk: int = eqx.field(static=True)
+
+    @property
+    def last(self) -> Int[Array, ""]:
+        return jnp.maximum(self.number, 1) - 1
+
+    def of_chunk(self, chunk: Int[Array, ""]) -> Int[Array, " per_chunk"]:
+        return self.per_chunk * chunk + jnp.arange(self.per_chunk, dtype=jnp.int32)
+
+    def places(self, index: Int[Array, " some"]) -> Int[Array, " some"]:
+        """Where these are kept. Those that are not would land behind the end."""
+        beyond = len(self.kept) + jnp.arange(len(index), dtype=jnp.int32)
+        if len(self.kept) == 0:
+            return beyond
+        place = jnp.searchsorted(self.kept, index, method="compare_all")
+        is_kept = self.kept[jnp.minimum(place, len(self.kept) - 1)] == index
+        is_kept = is_kept & (index < self.number)
+        return jnp.where(is_kept, place.astype(jnp.int32), beyond)
+
+
+class Problem(eqx.Module):
+    """All that the solution depends on, once every decision has been made.
+
+    **Attributes:**
+
+    - `scheme`: the differential equation and the solver.
+    - `times`: when its steps begin and end.
+    - `substeps`: which of them there are.
+    - `linearisation`: how substeps are differentiated if they have been kept, or
+        `None` if they are made again.
+    """
+
+    scheme: Scheme
+    times: AbstractTimes
+    substeps: Substeps
+    linearisation: tuple[AbstractMethod, AbstractScan] | None
+
+    def of_substeps(self, index: Int[Array, "*shape"]) -> tuple[Array, Array]:
+        """When substeps begin and end. Those that are not used have length zero."""
+        n = self.substeps.per_step
+        step, substep = jnp.divmod(jnp.minimum(index, self.substeps.last), n)
+        t0, t1 = self.times(step)
+        if n > 1:
+            t0, t1 = (grid_time(t0, t1, n, i) for i in (substep, substep + 1))
+        return jnp.where(index < self.substeps.number, t0, t1), t1
+
+    def chunk(self, values: Values, index: Int[Array, ""], start: Array) -> Rows:
+        """The substeps of a chunk, as a function of all that they depend on."""
+        of_all = self.substeps.of_chunk(index)
+        t0s, t1s = self.of_substeps(of_all)
+        scheme = self.scheme
+        part = Discretisation(
+            *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
+            scheme.unravel(start),
+        )
+        if self.linearisation is None:
+            at = part.sequential()
+        else:
+            method, scan = self.linearisation
+            # What is not used stays where it is.
+            is_used = of_all < self.substeps.number
+            at = jtu.tree_map(
+                lambda x: x[jnp.minimum(of_all, len(x) - 1)], values.kept.at
+            )
+            ys = jnp.where(is_used[:, None], at.ys, values.last.at.ys)
+            ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
+            at = implicit_solution(
+                Iterate(ys, ks), part.window, method=method, scan=scan
+            )
+        return Rows(jnp.concatenate([start[None], at.ys[:-1]]), at)
+
+
+def solution(values: Values, problem: Problem) -> Values:
+    """The solution, as a function of the problem. Its values must be known already."""
+    y0 = problem.scheme.ravel(problem.scheme.y0)
+    # Vector fields may close over what is being differentiated.
+    chunk = eqx.filter_closure_convert(
+        problem.chunk, values, jnp.array(0, jnp.int32), y0
+    )
+    return _solution(values, y0, chunk, problem.substeps)
+
+
+@eqx.filter_custom_jvp
+def _solution(
+    values: Values, y0: Float[Array, " size"], chunk: Callable, substeps: Substeps
+) -> Values:
+    del y0, chunk, substeps
+    return values
+
+
+# The derivative goes from chunk to chunk, forwards, and if transposed then backwards.
+# Chunks that are not used cost next to nothing.
+@_solution.def_jvp
+def _(primals, tangents):
+    values, y0, chunk, substeps = primals
+    _, t_y0, t_chunk, _ = tangents
+    # For higher derivatives: what follows depends on the solution as well.
+    values = _solution(values, y0, chunk, substeps)
+
+    def body(carry, index):
+        t_start, t_kept, t_last = carry
+        of_all = substeps.of_chunk(index)
+        is_used = of_all[0] < substeps.number
+        start = jnp.where(is_used, values.chunks[index], values.last.at.ys)
+        solve = lambda chunk, start: chunk(values, index, start)
+        rows, t_rows = eqx.filter_jvp(solve, (chunk, start), (t_chunk, t_start))
+        t_rows = with_zeros(t_rows, rows)
+        place = substeps.places(of_all)
+        t_kept = jtu.tree_map(
+            lambda x, t: x.at[place].set(t, mode="drop", unique_indices=True),
+            t_kept,
+            t_rows,
+        )
+        here = jnp.clip(substeps.last - of_all[0], 0, len(of_all) - 1)
+        is_here = of_all[here] == substeps.last
+        t_last = jtu.tree_map(
+            lambda x, t: jnp.where(is_here, t[here], x), t_last, t_rows
+        )
+        return (t_rows.at.ys[-1], t_kept, t_last), t_start
+
+    zeros = lambda x: jtu.tree_map(jnp.zeros_like, x)
+    t_y0, t_last = with_zeros(t_y0, y0), zeros(values.last)
+    # If there is no substep at all.
+    t_last = eqx.tree_at(lambda r: (r.starts, r.at.ys), t_last, (t_y0, t_y0))
+    num_used = -(-substeps.number // substeps.per_chunk)
+    carry = t_y0, zeros(values.kept), t_last
+    (_, t_kept, t_last), t_chunks = scan_used(
+        body, carry, len(values.chunks), num_used, t_y0
+    )
+    return values, Values(t_chunks, t_kept, t_last)
+
+
+def scan_used(
+    body: Callable,
+    carry: PyTree[Array],
+    length: int,
+    num_used: Int[Array, ""],
+    like: PyTree[Array],
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """`lax.scan(body, carry, jnp.arange(length))`, but only the first `num_used` do
+    anything. What the others put out is zero, and `like` that of one of them.
+
+    It can be differentiated, in forward and in reverse mode, like any scan, for which
+    reason it is no `while` loop. Nothing is stored for that: what is needed is made
+    again.
+    """
+    # In a batch, `lax.cond` would otherwise evaluate both of its branches.
+    num_used = eqxi.unvmap_max(num_used)
+    # Around the `lax.cond`: what one of its branches stores, the other one has to fill
+    # with zeros.
+    remake = ft.partial(jax.checkpoint, prevent_cse=False)
+
+    def make(size, carry, first):
+        # All from the first one on, of which there are `size`.
+        if size == 1:
+            return remake(body)(carry, first)
+        # In turn in parts, so that those not used are skipped many at a time.
+        part = _BASE ** (math.ceil(math.log(size, _BASE) - 1e-6) - 1)
+        number = -(-size // part)
+        zeros = lambda x: jnp.zeros(x.shape if part == 1 else (part, *x.shape), x.dtype)
+        skip = lambda carry: (carry, jtu.tree_map(zeros, like))
+
+        @remake
+        def one(carry, first):
+            some = lambda carry: make(part, carry, first)
+            return lax.cond(first < num_used, some, skip, carry)
+
+        firsts = first + part * jnp.arange(number, dtype=jnp.int32)
+        carry, out = lax.scan(one, carry, firsts)
+        if part > 1:
+            out = jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+        return carry, out
+
+    first = jnp.array(0, jnp.int32)
+    carry, out = make(length, carry, first)
+    if length == 1:
+        out = jtu.tree_map(lambda x: x[None], out)
+    return carry, jtu.tree_map(lambda x: x[:length], out)
+
+
+class Trajectory(eqx.Module):
+    """The solution and its interpolation."""
+
+    problem: Problem
+    values: Values
+
+    @property
+    def t0(self) -> Real[Array, ""]:
+        t0, _ = self.problem.times(jnp.array(0, jnp.int32))
+        return t0
+
+    @property
+    def t1(self) -> Real[Array, ""]:
+        substeps = self.problem.substeps
+        _, t1 = self.problem.of_substeps(substeps.last)
+        return jnp.where(substeps.number == 0, self.t0, t1)
+
+    @property
+    def y1(self) -> PyTree[Array]:
+        return self.problem.scheme.unravel(self.values.last.at.ys)
+
+    def at_last(self) -> AbstractLocalInterpolation:
+        """The interpolation over the last substep."""
+        index = self.problem.substeps.last
+        rows = jtu.tree_map(lambda x: x[None], self.values.last)
+        t0s, t1s, infos = self._infos(index[None], rows)
+        info = jtu.tree_map(lambda x: x[0], infos)
+        return self.problem.scheme.interpolation(t0s[0], t1s[0], info)
+
+    def dense_infos(self) -> PyTree[Array]:
+        """What Diffrax keeps for dense output, of all substeps that are kept."""
+        _, _, infos = self._infos(self.problem.substeps.kept, self.values.kept)
+        return infos
+
+    def evaluate(self, ts: Real[Array, " times"]) -> PyTree[Array]:
+        """The solution at many times at once, in substeps that are kept."""
+        kept, scheme = self.problem.substeps.kept, self.problem.scheme
+        _, ends = self.problem.of_substeps(kept)
+        index = jnp.searchsorted(lax.stop_gradient(ends), ts)
+        index = jnp.minimum(index, len(kept) - 1)
+        of_kept = lambda x: jtu.tree_map(lambda x: x[index], x)
+        # A solver that has to make its steps again makes as few as possible.
+        if scheme.tableau is None and len(ts) > len(kept):
+            t0s, t1s, infos = of_kept(self._infos(kept, self.values.kept))
+        else:
+            t0s, t1s, infos = self._infos(kept[index], of_kept(self.values.kept))
+        evaluate = lambda t, *where: scheme.interpolation(*where).evaluate(t)
+        return jax.vmap(evaluate)(ts, t0s, t1s, infos)
+
+    def _infos(self, index, rows):
+        t0s, t1s = self.problem.of_substeps(index)
+        # What is not used must nonetheless be finite.
+        is_used = index < self.problem.substeps.number
+        y1 = self.values.last.at.ys
+        starts = jnp.where(is_used[:, None], rows.starts, y1)
+        ys = jnp.where(is_used[:, None], rows.at.ys, y1)
+        at = Iterate(ys, jnp.where(is_used[:, None, None, None], rows.at.ks, 0))
+        return t0s, t1s, self.problem.scheme.outputs(t0s, t1s, starts, at).dense_info

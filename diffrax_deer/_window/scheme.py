@@ -1,0 +1,147 @@
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax import AbstractLocalInterpolation, AbstractSolver, AbstractTerm, RESULTS
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree, Real
+
+from .base import AbstractWindow, Iterate
+from .elimination import weighted
+from .one_step import OneStepMap, StepWindow, Substep
+from .stages import StageWindow
+from .tableau import Tableau, tableau_of
+
+
+class Scheme(eqx.Module):
+    """A differential equation and a solver, for whatever grid.
+
+    **Attributes:**
+
+    - `solver`: makes the steps. Any one-step method.
+    - `terms`, `args`: the differential equation.
+    - `y0`: what its state looks like.
+    """
+
+    solver: AbstractSolver
+    terms: PyTree[AbstractTerm]
+    args: PyTree[Any]
+    y0: PyTree[Array]
+
+    @property
+    def tableau(self) -> Tableau | None:
+        return tableau_of(self.solver)
+
+    @property
+    def stage_shape(self) -> tuple[int, int]:
+        """How many parts and stages are unknown in each step."""
+        tableau = self.tableau
+        return (0, 0) if tableau is None else (tableau.parts, tableau.stages)
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the steps are explicit, or maps of which nothing else is known."""
+        return self.tableau is None or self.tableau.is_explicit
+
+    @property
+    def span(self) -> int:
+        """How many evaluations follow one another in a step. (Of a solver that is no
+        Runge--Kutta method, how many steps.)"""
+        return 1 if self.tableau is None else self.tableau.stages
+
+    def window(
+        self,
+        t0s: Real[Array, " substeps"],
+        t1s: Real[Array, " substeps"],
+        y0: Float[Array, " size"],
+    ) -> AbstractWindow:
+        """The equations of many steps."""
+        eps, tableau = precision(self.y0), self.tableau
+        if tableau is None:
+            fn = lambda t0, t1, y: self.ravel(self.step(t0, t1, self.unravel(y)).y1)
+            fn = eqx.filter_closure_convert(fn, t0s[0], t1s[0], y0)
+            return StepWindow(fn=fn, xs=(t0s, t1s), y0=y0, eps=eps)
+        terms: Any = self.terms
+        terms = terms.terms if tableau.is_split else (terms,)
+        controls = tuple(jax.vmap(term.contr)(t0s, t1s) for term in terms)
+        fns = []
+        for term, control in zip(terms, controls):
+            fn = ft.partial(self._increment, term)
+            control = jtu.tree_map(lambda x: x[0], control)
+            fns.append(eqx.filter_closure_convert(fn, control, t0s[0], y0))
+        xs = (t0s, t1s, controls)
+        return StageWindow(fns=tuple(fns), xs=xs, y0=y0, eps=eps, tableau=tableau)
+
+    def step(self, t0: Real[Array, ""], t1: Real[Array, ""], y0) -> Substep:
+        return OneStepMap(self.solver, self.terms, self.args)(t0, t1, y0)
+
+    def stages(
+        self, t0, t1, y0, y1, dense_info: dict[str, Any]
+    ) -> Float[Array, "parts stages size"]:
+        """The stages that a step of the solver has gone through."""
+        tableau = self.tableau
+        if tableau is None:
+            return jnp.zeros((0, 0, self.ravel(y0).size), self.ravel(y0).dtype)
+        elif tableau.has_dense_stages:
+            ks = dense_info["k"]
+            ks = ks if tableau.is_split else (ks,)
+            return jnp.stack([self.ravel_all(k, tableau.stages) for k in ks])
+        else:
+            # The implicit Euler method, and the stage that its error estimate needs.
+            terms: Any = self.terms
+            k0 = self._increment(terms, terms.contr(t0, t1), t0, self.ravel(y0))
+            k1 = self.ravel(y1) - self.ravel(y0)
+            return jnp.stack([k0, k1])[None]
+
+    def outputs(
+        self,
+        t0s: Real[Array, " steps"],
+        t1s: Real[Array, " steps"],
+        starts: Float[Array, "steps size"],
+        at: Iterate,
+    ) -> Substep:
+        """What the solver returns for each of many steps."""
+        y0s, y1s = self.unravel_all(starts), self.unravel_all(at.ys)
+        tableau = self.tableau
+        if tableau is None:
+            return jax.vmap(self.step)(t0s, t1s, y0s)
+        dense_info = dict(y0=y0s, y1=y1s)
+        if tableau.has_dense_stages:
+            unravel_all = jax.vmap(self.unravel_all)
+            k = tuple(unravel_all(at.ks[:, part]) for part in range(tableau.parts))
+            dense_info["k"] = k if tableau.is_split else k[0]
+        y_error = self.unravel_all(weighted(tableau.b_error, at.ks))
+        return Substep(y1s, y_error, dense_info, RESULTS.successful)
+
+    def interpolation(self, t0, t1, dense_info) -> AbstractLocalInterpolation:
+        """The interpolation over one step."""
+        # Interpolations divide by their length, which may be zero if nothing is solved.
+        t1 = jnp.where(t0 == t1, t0 + 1, t1)
+        return self.solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
+
+    def ravel(self, y: PyTree[Array]) -> Float[Array, " size"]:
+        return ravel_pytree(y)[0]
+
+    @property
+    def unravel(self) -> Callable[[Float[Array, " size"]], PyTree[Array]]:
+        return ravel_pytree(self.y0)[1]
+
+    def ravel_all(self, ys: PyTree[Array], length: int) -> Float[Array, "length size"]:
+        # The size of the axis has to be given for the sake of states without any leaf.
+        return jax.vmap(self.ravel, axis_size=length)(ys)
+
+    def unravel_all(self, ys: Float[Array, "length size"]) -> PyTree[Array]:
+        return jax.vmap(self.unravel)(ys)
+
+    def _increment(self, term, control, t, y):
+        return self.ravel(term.vf_prod(t, self.unravel(y), self.args, control))
+
+
+def precision(y: PyTree[Array]) -> float:
+    """That of the least precise leaf of a state, or zero if it has none."""
+    leaves = jtu.tree_leaves(y)
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=0.0)
