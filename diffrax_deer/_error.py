@@ -2,53 +2,40 @@
 
 import dataclasses
 
-import equinox.internal as eqxi
-import jax.lax as lax
 import jax.numpy as jnp
 from diffrax import RESULTS
 from jaxtyping import Array, Float
 
-from ._implicit import linear_solve
-from ._iterate import Iteration, JointSolution
-from ._window import Discretisation, Iterate
+from ._iterate import Iteration
+from ._window import AbstractWindow, Discretisation, Iterate
 
 
 # A coarser grid need not have a solution, and then it is as well to find that out soon.
 _MAX_ITERS = 16
 
 
-def propagated_error(
-    iteration: Iteration,
-    solution: JointSolution,
+def accumulated_error(
+    window: AbstractWindow,
+    ys: Float[Array, "substeps size"],
     errors: Float[Array, "substeps size"],
 ) -> Float[Array, " size"]:
-    """What errors made in the substeps have become at the end of the window."""
-    window, at, A, scan = iteration.window, solution.at, solution.A, iteration.scan
+    """What the error estimates of all substeps amount to. Those that are systematic add
+    up, and so do the squares of those that are random: the larger of the two.
 
-    def from_scratch():
-        # The derivative of the solution is what becomes of them.
-        propagate = linear_solve(window, at, iteration.method, scan)
-        b = Iterate(errors, jnp.zeros_like(at.ks))
-        return propagate(jnp.zeros_like(window.y0), b).ys
-
-    if A is None or A.ndim == errors.ndim:
-        # Diagonals are not good enough: methods must not influence the error.
-        propagated = from_scratch()
-    else:
-        propagated = lax.cond(
-            eqxi.unvmap_all(solution.has_A), lambda: scan(A, errors), from_scratch
-        )
-    # That alone would miss it if an explicit solver is unstable on one part of the
-    # window, and the difference to the true solution is then damped on another. So also
-    # ask of each substep what the controller would ask of a single step. It compares
-    # with the values at the ends of the window, hence the rescaling where the solution
-    # is larger in between.
-    starts, ys = window.starts(at.ys), at.ys
+    As with a single step, this is about the errors that are made, and not about what
+    the differential equation then makes of them.
+    """
+    # The controller compares with the values at the ends of the window, hence this
+    # where the solution is larger in between.
+    starts = window.starts(ys)
     size_at_ends = jnp.maximum(jnp.abs(starts[:1]), jnp.abs(ys[-1:]))
     size = jnp.maximum(jnp.abs(starts), jnp.abs(ys))
-    rescale = jnp.where(size > size_at_ends, size_at_ends / size, 1)
-    largest = jnp.max(jnp.abs(errors) * rescale, axis=0)
-    return jnp.maximum(jnp.abs(propagated[-1]), largest)
+    errors = errors * jnp.where(size > size_at_ends, size_at_ends / size, 1)
+    # In units of the largest one, whose square might overflow.
+    unit = jnp.max(jnp.abs(errors), axis=0)
+    errors = errors / jnp.where(unit > 0, unit, 1)
+    random = jnp.sqrt(jnp.sum(errors**2, axis=0))
+    return unit * jnp.maximum(jnp.abs(jnp.sum(errors, axis=0)), random)
 
 
 def error_by_halving(

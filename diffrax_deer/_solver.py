@@ -25,7 +25,7 @@ from ._checks import (
 )
 from ._collocation import AbstractCollocation
 from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
-from ._error import error_by_halving, propagated_error
+from ._error import accumulated_error, error_by_halving
 from ._guess import AbstractGuess, AutoGuess
 from ._implicit import joint_solve
 from ._iterate import Iteration, JointSolution
@@ -55,9 +55,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         of this iteration. So are its order of convergence, stability, dense output, and
         whether it converges to the Itô or the Stratonovich solution.
     - `dt0` and `stepsize_controller` choose the windows. An adaptive controller sees
-        the error accumulated over the window, and finds windows that are both accurate
-        enough and easy enough to be solved jointly. With `dt0 = t1 - t0` and constant
-        steps, the whole differential equation is a single window.
+        what the error estimates of all substeps amount to, and finds windows that are
+        both accurate enough and easy enough to be solved jointly. With `dt0 = t1 - t0`
+        and constant steps, the whole differential equation is a single window.
     - A window on which the iteration fails has an infinite error estimate. So an
         adaptive step size controller will try again with a smaller one, whilst with
         constant steps `diffeqsolve` reports the failure.
@@ -299,13 +299,13 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         solution: JointSolution,
         y_errors: PyTree[Array] | None,
     ) -> Float[Array, " size"] | None:
-        iteration = self.iteration(problem)
         if self._estimates_by_halving:
-            return error_by_halving(problem, iteration, solution.at)
+            return error_by_halving(problem, self.iteration(problem), solution.at)
         elif y_errors is None:
             return None
         else:
-            return propagated_error(iteration, solution, problem.ravel_all(y_errors))
+            y_errors = problem.ravel_all(y_errors)
+            return accumulated_error(problem.window, solution.at.ys, y_errors)
 
     @property
     def _estimates_by_halving(self):

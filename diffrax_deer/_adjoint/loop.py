@@ -164,16 +164,14 @@ def record(
             )
             occurred = is_good & occurred
             substep = jnp.where(occurred, event_substep, substep)
-            recording = dataclasses.replace(
-                recording, had_event=occurred, event_mask=mask
-            )
+            recording = _replace(recording, had_event=occurred, event_mask=mask)
         recording = _keep(
             recording, layout, is_good, ts, scheme, state.y, made, substep
         )
         if max_windows is None or layout.max_windows < max_windows:
             is_full = (recording.num_windows >= layout.max_windows) & (tprev < t1)
             is_full = is_full & jnp.invert(recording.had_event)
-            recording = dataclasses.replace(recording, is_full=is_full)
+            recording = _replace(recording, is_full=is_full)
         result = RESULTS.where(
             is_okay(result) & recording.is_full, RESULTS.max_steps_reached, result
         )
@@ -325,7 +323,6 @@ def _keep(
         return eqxi.buffer_at_set(buffer, index, value, pred=is_good)
 
     window, size = recording.num_windows, layout.window_size
-    add = lambda n: n + jnp.where(is_good, 1, 0).astype(jnp.int32)
     first = window * size
     of_all = first + jnp.arange(size, dtype=jnp.int32)
     starts = jnp.concatenate([scheme.ravel(y0)[None], made.at.ys[:-1]])
@@ -346,26 +343,36 @@ def _keep(
     chunk = jnp.where(
         first % layout.chunk == 0, first // layout.chunk, layout.max_chunks
     )
-    values = Values(
-        chunks=set_at(values.chunks, chunk, starts[0]),
-        kept=jtu.tree_map(lambda row, x: set_at(x, index, row), rows, values.kept),
-        last=jtu.tree_map(
-            lambda row, x: jnp.where(is_good, row[substep], x), rows, values.last
+    # Not by `__init__`, as inside of a loop these are no arrays.
+    values = eqx.tree_at(
+        lambda values: (values.chunks, values.kept, values.last),
+        values,
+        (
+            set_at(values.chunks, chunk, starts[0]),
+            jtu.tree_map(lambda row, x: set_at(x, index, row), rows, values.kept),
+            jtu.tree_map(
+                lambda row, x: jnp.where(is_good, row[substep], x), rows, values.last
+            ),
         ),
     )
-    return dataclasses.replace(
-        recording,
+    iterations = recording.num_iterations + made.num_iterations
+    most = jnp.maximum(recording.max_window_iterations, made.num_iterations)
+    new = dict(
         t0s=set_at(recording.t0s, window, ts[0]),
         t1s=set_at(recording.t1s, window, ts[-1]),
         values=values,
         kept=set_at(recording.kept, index, of_all),
         event_substep=substep,
-        num_windows=add(window),
+        num_windows=window + jnp.where(is_good, 1, 0).astype(jnp.int32),
         num_kept=num_kept,
         num_points=jnp.asarray(num_points, jnp.int32),
-        num_iterations=recording.num_iterations + made.num_iterations,
-        max_window_iterations=jnp.maximum(
-            recording.max_window_iterations, made.num_iterations
-        ),
+        num_iterations=iterations,
+        max_window_iterations=most,
         span=recording.span + made.span,
     )
+    return _replace(recording, **new)
+
+
+def _replace(recording: Recording, **fields: Any) -> Recording:
+    where = lambda recording: [getattr(recording, name) for name in fields]
+    return eqx.tree_at(where, recording, list(fields.values()))

@@ -32,10 +32,6 @@ class JointSolution(eqx.Module):
     num_iterations: Int[Array, ""]
     # How many evaluations of the function, or of its derivative, followed one another.
     span: Int[Array, ""]
-    # The Jacobians of the substeps, as of the last linearisation, if there was one.
-    # `None` if there can have been none.
-    A: Matrices | None
-    has_A: Bool[Array, ""]
     result: RESULTS
 
 
@@ -49,8 +45,6 @@ def known_solution(at: Iterate, span: IntScalarLike) -> JointSolution:
         at=at,
         num_iterations=one,
         span=span,
-        A=None,
-        has_A=jnp.array(False),
         result=RESULTS.where(okay, RESULTS.successful, nonfinite),
     )
 
@@ -62,8 +56,6 @@ class State(eqx.Module):
     convergence: Convergence
     num_iterations: Int[Array, ""]
     span: Int[Array, ""]
-    A: Matrices
-    has_A: Bool[Array, ""]
     # How large the terms were that the values have been summed up from, as the last
     # linearisation says.
     terms: Float[Array, "substeps parts points size"]
@@ -102,28 +94,18 @@ class Iteration(eqx.Module):
             )
         )
         result = RESULTS.where(state.converged, RESULTS.successful, result)
-        return JointSolution(
-            *(state.at, state.num_iterations, state.span, state.A, state.has_A, result)
-        )
+        return JointSolution(state.at, state.num_iterations, state.span, result)
 
     def init(self, guess: Iterate) -> State:
-        def linearise():
-            values, jacobians = self.method.linearise(
-                self.window, self.window.points(guess)
-            )
-            return values, self.window.eliminate(jacobians()).A
-
-        zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-        terms, A = jtu.tree_map(zeros, jax.eval_shape(linearise))
+        window = self.window
+        values = jax.eval_shape(lambda: window.values(window.points(guess)))
         zero = jnp.array(0, jnp.int32)
         return State(
             at=guess,
             convergence=Convergence(jnp.array(0, guess.ys.dtype)),
             num_iterations=zero,
             span=zero,
-            A=A,
-            has_A=jnp.array(False),
-            terms=terms,
+            terms=jnp.zeros(values.shape, values.dtype),
             lost=jnp.array(len(guess.ys), jnp.int32),
             finite=jnp.array(True),
             # The trivial state has nothing to iterate on.
@@ -175,7 +157,7 @@ class Iteration(eqx.Module):
         is_exact: Bool[Array, ""],
     ) -> State:
         window, at = self.window, state.at
-        delta, is_telling, A, terms = self.correction(seen)
+        delta, is_telling, terms = self.correction(seen)
         new, usable = seen.corrected(delta)
         # Where nothing arrives, or nothing departs from. (If left as they are, these
         # would come back one by one.)
@@ -202,8 +184,6 @@ class Iteration(eqx.Module):
             convergence=Convergence(change),
             num_iterations=state.num_iterations + 1,
             span=state.span + 1 + self.method.span(at.ys.shape[1]),
-            A=A,
-            has_A=jnp.array(True),
             terms=terms,
             lost=lost,
             finite=finite,
@@ -258,7 +238,7 @@ class Iteration(eqx.Module):
         ys = jnp.where(seen.is_known[:, None], r, ys)
         starts = jnp.concatenate([jnp.zeros_like(ys[:1]), ys[:-1]])
         delta = Iterate(ys, system.substitute(starts, seen.r))
-        return delta, is_telling, A, _terms(J, seen.points)
+        return delta, is_telling, _terms(J, seen.points)
 
     def lost(
         self,

@@ -23,8 +23,8 @@ class Iterate(eqx.Module):
         is a map that is only known as a whole.
     """
 
-    ys: Float[Array, "substeps size"]
-    ks: Float[Array, "substeps parts stages size"]
+    ys: Float[Array, "*substeps size"]
+    ks: Float[Array, "*substeps parts stages size"]
 
 
 class AbstractElimination(eqx.Module):

@@ -5,7 +5,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, ArrayLike, Int, PyTree, Real
 
 from .._custom_types import RealScalarLike
 
@@ -18,8 +18,11 @@ def uniform_grid(
 
 
 def grid_time(
-    t0: RealScalarLike, t1: RealScalarLike, substeps: int, index: Array
-) -> Array:
+    t0: Real[ArrayLike, "*#times"],
+    t1: Real[ArrayLike, "*#times"],
+    substeps: int,
+    index: Int[Array, "*#times"],
+) -> Real[Array, "*times"]:
     """Where some of the substeps begin."""
     fraction = index.astype(jnp.result_type(t0)) / substeps
     # Exact at both ends.
