@@ -21,9 +21,10 @@ from .trajectory import Problem, solution, Substeps, Trajectory
 
 
 # By default, keep up to this many bytes of substeps, or if that is more, up to this
-# many of them.
+# many of them. And if any number of steps is allowed, expect this many.
 _MAX_BYTES = 2**24
 _MIN_SUBSTEPS = 2**12
+_STEPS_IF_ANY = 2**14
 # By default, merge up to this many substeps, but keep their Jacobians below this many
 # bytes. On a CPU, where those that are not used are made as well, only a few.
 _MAX_MERGED = 2**14
@@ -259,6 +260,7 @@ class DeerAdjoint(AbstractAdjoint):
                 bytes_per_substep *= 2 + parts * stages
             max_substeps = max(_MAX_BYTES // bytes_per_substep, _MIN_SUBSTEPS)
             max_windows = max(max_substeps // stepper.size, 1)
+            max_steps = _STEPS_IF_ANY if max_steps is None else max_steps
         if max_steps is not None:
             max_windows = min(max_windows, -(-max_steps // stepper.steps))
         chunk = stepper.chunk(scheme, max_windows)

@@ -53,7 +53,8 @@ class Layout(eqx.Module):
         if self.ts is None:
             return self.max_substeps
         else:
-            return min(len(self.ts), self.max_substeps)
+            # At least one, as arrays of none take special care.
+            return min(max(len(self.ts), 1), self.max_substeps)
 
 
 class Recording(eqx.Module):
@@ -316,12 +317,7 @@ def _keep(
     recording: Recording, layout: Layout, is_good, ts, scheme, y0, made, substep
 ) -> Recording:
     """Keeps what is needed of a window, if it is good."""
-
-    def set_at(buffer, index, value):
-        if 0 in jnp.shape(value) or layout.max_kept == 0 and jnp.ndim(index) > 0:
-            return buffer
-        return eqxi.buffer_at_set(buffer, index, value, pred=is_good)
-
+    set_at = lambda x, i, value: eqxi.buffer_at_set(x, i, value, pred=is_good)
     window, size = recording.num_windows, layout.window_size
     first = window * size
     of_all = first + jnp.arange(size, dtype=jnp.int32)

@@ -102,8 +102,17 @@ def save(
         saved, indices, size + jnp.arange(len(indices), dtype=jnp.int32)
     )
 
+    # Scatters are slow. Without steps, only that of the final value remains.
+    in_order = 0 if subsaveat.steps > 0 else len(indices) - int(subsaveat.t1)
+
     def write(out, x):
-        return out.at[indices].set(x, mode="drop", unique_indices=True)
+        head, tail = x[:in_order], x[in_order:]
+        is_saved = saved[:in_order].reshape(-1, *[1] * (x.ndim - 1))
+        head = jnp.where(is_saved, head, out[:in_order])
+        out = jnp.concatenate([head, out[in_order:]])
+        if len(tail) == 0:
+            return out
+        return out.at[indices[in_order:]].set(tail, mode="drop", unique_indices=True)
 
     return dataclasses.replace(
         save_state,
