@@ -45,8 +45,8 @@ class DeerAdjoint(AbstractAdjoint):
     - **Derivatives** are those of the discretised equation, as with
         `diffrax.RecursiveCheckpointAdjoint`. They are given by the implicit function
         theorem: backwards through each window goes one linear recurrence, evaluated in
-        parallel, and no iteration is made again. Forward mode and higher derivatives
-        work as well, and so do derivatives with respect to `t0`, `t1`, the save times,
+        parallel, and no iteration is made again. (On a CPU, see below.) Forward mode
+        and higher derivatives work as well, and so do derivatives with respect to `t0`, `t1`, the save times,
         `StepTo(ts=...)`, and `ClipStepSizeController(step_ts=..., jump_ts=...)`. All
         other times that an adaptive step size controller has chosen are treated as
         constants. There is none with respect to `solver_state`, `controller_state`
@@ -69,23 +69,34 @@ class DeerAdjoint(AbstractAdjoint):
     the vector field, or of its derivative, followed one another. (Of a solver that is
     no Runge--Kutta method, how many steps.)
 
-    !!! info "Memory"
+    !!! info "Cost"
 
-        JAX has to know in advance for how many windows to allocate memory. This takes
-        about
+        Time goes with the steps that are made, and not with those that are allowed. How
+        derivatives are found is chosen by the platform and the solver:
 
-        `5 * max_windows * points * (size * (stages + 1) + 1) * itemsize` bytes
+        - On a CPU, with an explicit solver, nothing is kept but the values at which
+            some of the steps begin. Backwards, a few steps at a time are made again,
+            and differentiated one after the other, as a sequential computation is.
+            What this allocates for each window that is allowed, is about
 
-        for the trajectory and what is made of it, where `points` is the number of grid
-        points in a window (`substeps`, or more if windows are merged), `size` is that
-        of the state, `stages` the number of stages if the solver is a Runge--Kutta
-        method (or zero), and `itemsize` is 8 in double and 4 in single precision. As on
-        a CPU it takes time to touch that memory, pass `diffeqsolve(..., max_steps=...)`
-        or `max_windows` if you know how many are needed. In particular, pass
-        `max_steps=1` if the whole solve is a single window.
+            `8 * (size + 2) * itemsize` bytes
 
-        Furthermore Jacobians are kept for one window at a time: a small multiple of
-        `points * size**2 * itemsize` bytes.
+            where `size` is that of the state, and `itemsize` is 8 in double and 4 in
+            single precision.
+        - Otherwise, and if `SaveAt(steps=...)` or `SaveAt(dense=True)` ask for all of
+            it, the whole trajectory is kept, so that nothing is solved a second time.
+            Of each window, one after the other, the linearised equations are then
+            solved in parallel. This takes about
+
+            `5 * points * (size * (stages + 2) + 1) * itemsize` bytes
+
+            for each window that is allowed, where `points` is the number of grid points
+            in a window (`substeps`, or more if windows are merged), and `stages` the
+            number of stages if the solver is a Runge--Kutta method (or zero).
+            Furthermore Jacobians are kept for one window at a time: a small multiple of
+            `points * size**2 * itemsize` bytes.
+
+        `diffeqsolve(..., max_steps=...)` and `max_windows` say how many are allowed.
 
     !!! warning
 
@@ -273,15 +284,15 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
     more are needed then this raises an error, or with `diffeqsolve(..., throw=False)`
     returns `RESULTS.max_steps_reached`. With solvers other than
     [`diffrax_deer.DeerSolver`][], every step is a window. Defaults to
-    `diffeqsolve(..., max_steps=...)`, or if that is less to as many as fit into 2 MiB
-    or make 4096 grid points, whichever is more.
+    `diffeqsolve(..., max_steps=...)` (or 16384 steps if that is `None`), or if that is
+    less to as many as fit into 16 MiB or make 4096 grid points, whichever is more.
 - `max_window_points`: the number of grid points in a window. A positive integer. Steps
     known in advance are merged until there are that many. Of solvers other than
     [`diffrax_deer.DeerSolver`][], this is the number of steps through which to
-    backpropagate at once, by default 128, and on a CPU 16. By default steps are only
-    merged with `DeerSolver(substeps=1)` and without an event, up to 16384 of them, or
-    fewer if their Jacobians would take more than 64 MiB. Larger windows suit GPUs, and
-    smaller ones CPUs.
+    backpropagate at once, by default 128, and on a CPU as many as have 32 stages. By
+    default steps are only merged with `DeerSolver(substeps=1)` and without an event, up
+    to 16384 of them, or fewer if their Jacobians would take more than 64 MiB, and on a
+    CPU up to 32.
 """
 
 

@@ -11,7 +11,6 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree, Real
 
 from .._implicit import implicit_solution, with_zeros
@@ -150,177 +149,48 @@ def _solution(
     return values
 
 
+# The derivative goes from chunk to chunk, forwards, and if transposed then backwards.
+# Chunks that are not used cost next to nothing.
 @_solution.def_jvp
 def _(primals, tangents):
     values, y0, chunk, substeps = primals
     _, t_y0, t_chunk, _ = tangents
     # For higher derivatives: what follows depends on the solution as well.
     values = _solution(values, y0, chunk, substeps)
-    is_none = lambda t: t is None
-    has_tangent = jtu.tree_map(lambda t: t is not None, t_chunk, is_leaf=is_none)
-    moved, fixed = eqx.partition(chunk, has_tangent)
-    linearised = _Linearised(values, moved, fixed, substeps)
-    t_moved = eqx.filter(t_chunk, has_tangent)
-    return values, linearised((with_zeros(t_y0, y0), t_moved))
 
-
-class _Linearised(eqx.Module):
-    """The derivative of the solution with respect to the initial value, and to what its
-    chunks consist of.
-
-    It goes from chunk to chunk, forwards, and if transposed then backwards, in loops
-    over those that are used.
-    """
-
-    values: Values
-    moved: Callable
-    fixed: Callable
-    substeps: Substeps
-
-    def __call__(self, inputs: PyTree[Array]) -> Values:
-        # Stated as a linear system, `out = forward(inputs)`, as this is how to tell JAX
-        # what the transpose is. (To transpose or to differentiate `forward` itself, as
-        # for higher derivatives, it needs that without a `while` loop.)
-        def system(x):
-            out, inputs = x
-            return jtu.tree_map(jnp.subtract, out, self.scanned(inputs)), inputs
-
-        def solve(b):
-            out, inputs = b
-            return jtu.tree_map(jnp.add, out, self.forward(inputs)), inputs
-
-        def transpose_solve(b):
-            out, inputs = b
-            return out, jtu.tree_map(jnp.add, inputs, self.backward(out))
-
-        # As a single vector, as if one part of the right-hand side is differentiated
-        # then JAX wants this of all of them. (Parameters may be of any precision.)
-        def flat(fn):
-            def flat_fn(x):
-                out = fn(unravel(x))
-                with jax.numpy_dtype_promotion("standard"):
-                    return ravel_pytree(out)[0]
-
-            return flat_fn
-
-        zeros = jtu.tree_map(jnp.zeros_like, self.values)
-        with jax.numpy_dtype_promotion("standard"):
-            b, unravel = ravel_pytree((zeros, inputs))
-        # JAX traces the transpose in any case, but a vector field with a `while` loop
-        # has none. In forward mode it need not have.
-        try:
-            jax.eval_shape(jax.linear_transpose(flat(system), b), b)
-        except ValueError:
-            transpose = None
-        else:
-            transpose = lambda _, b: flat(transpose_solve)(b)
-        x = lax.custom_linear_solve(
-            flat(system), b, lambda _, b: flat(solve)(b), transpose
-        )
-        return unravel(x)[0]
-
-    @property
-    def num_used(self) -> Int[Array, ""]:
-        used = -(-self.substeps.number // self.substeps.per_chunk)
-        # Of all solves in a batch. Chunks that are not used by one have length zero.
-        return eqxi.unvmap_max(used)
-
-    @property
-    def is_one(self) -> bool:
-        return len(self.values.chunks) == 1
-
-    def loop(self, body: Callable, carry: PyTree[Array]) -> PyTree[Array]:
-        if self.is_one:
-            return body(jnp.array(0, jnp.int32), carry)
-        return lax.fori_loop(0, self.num_used, body, carry)
-
-    def scanned(self, inputs: PyTree[Array]) -> Values:
-        body = lambda carry, index: self.step(inputs, carry, index)
-        carry = self.init(inputs)
-        length, (t_start, *_) = len(self.values.chunks), carry
-        carry, t_chunks = scan_used(body, carry, length, self.num_used, t_start)
-        _, t_kept, t_last = carry
-        return Values(t_chunks, t_kept, t_last)
-
-    def forward(self, inputs: PyTree[Array]) -> Values:
-        def body(index, state):
-            carry, t_chunks = state
-            carry, t_start = self.step(inputs, carry, index)
-            return carry, t_chunks.at[index].set(t_start)
-
-        init = self.init(inputs), jnp.zeros_like(self.values.chunks)
-        carry, t_chunks = self.loop(body, init)
-        _, t_kept, t_last = carry
-        return Values(t_chunks, t_kept, t_last)
-
-    def init(self, inputs):
-        t_y0, _ = inputs
-        t_kept, t_last = jtu.tree_map(
-            jnp.zeros_like, (self.values.kept, self.values.last)
-        )
-        # If there is no substep at all.
-        t_last = eqx.tree_at(lambda rows: rows.at.ys, t_last, t_y0)
-        return t_y0, t_kept, t_last
-
-    def step(self, inputs, carry, index):
-        """The derivatives of one more chunk, and that of the value at its start."""
-        t_start, t_kept, t_last = carry
-        _, t_moved = inputs
-        rows, start = self.rows(index)
-        _, t_rows = jax.jvp(rows, (start, self.moved), (t_start, t_moved))
-        of_all = self.substeps.of_chunk(index)
-        place = self.substeps.places(of_all)
+    def body(carry, index):
+        t_start, t_kept, t_last, t_chunk = carry
+        of_all = substeps.of_chunk(index)
+        is_used = of_all[0] < substeps.number
+        start = jnp.where(is_used, values.chunks[index], values.last.at.ys)
+        solve = lambda chunk, start: chunk(values, index, start)
+        rows, t_rows = eqx.filter_jvp(solve, (chunk, start), (t_chunk, t_start))
+        t_rows = with_zeros(t_rows, rows)
+        place = substeps.places(of_all)
         t_kept = jtu.tree_map(
             lambda x, t: x.at[place].set(t, mode="drop", unique_indices=True),
-            *(t_kept, t_rows),
+            t_kept,
+            t_rows,
         )
-        here, is_here = self.place_of_last(of_all)
+        here = jnp.clip(substeps.last - of_all[0], 0, len(of_all) - 1)
+        is_here = of_all[here] == substeps.last
         t_last = jtu.tree_map(
             lambda x, t: jnp.where(is_here, t[here], x), t_last, t_rows
         )
-        return (t_rows.at.ys[-1], t_kept, t_last), t_start
+        return (t_rows.at.ys[-1], t_kept, t_last, t_chunk), t_start
 
-    def backward(self, out: Values) -> PyTree[Array]:
-        def body(i, carry):
-            end, moved = carry
-            index = last - i
-            of_all = self.substeps.of_chunk(index)
-            place = self.substeps.places(of_all)
-            here, is_here = self.place_of_last(of_all)
-
-            def of_rows(kept, last):
-                some = kept.at[place].get(mode="fill", fill_value=0)
-                return some.at[here].add(jnp.where(is_here, last, 0))
-
-            d_rows = jtu.tree_map(of_rows, out.kept, out.last)
-            d_ys = d_rows.at.ys.at[-1].add(end)
-            d_rows = eqx.tree_at(lambda rows: rows.at.ys, d_rows, d_ys)
-            rows, start = self.rows(index)
-            _, vjp = jax.vjp(rows, start, self.moved)
-            d_start, d_moved = vjp(d_rows)
-            moved = jtu.tree_map(jnp.add, moved, d_moved)
-            return d_start + out.chunks[index], moved
-
-        last = jnp.array(0, jnp.int32) if self.is_one else self.num_used - 1
-        zeros = jtu.tree_map(jnp.zeros_like, self.moved)
-        end = jnp.where(self.substeps.number == 0, out.last.at.ys, 0)
-        return self.loop(body, (end, zeros))
-
-    def rows(self, index):
-        """The substeps of a chunk, as a function of what is being differentiated."""
-        is_used = self.substeps.of_chunk(index)[0] < self.substeps.number
-        start = self.values.chunks[index]
-        start = jnp.where(is_used, start, self.values.last.at.ys)
-
-        def rows(start, moved):
-            return eqx.combine(moved, self.fixed)(self.values, index, start)
-
-        return rows, start
-
-    def place_of_last(self, of_all):
-        here = jnp.clip(self.substeps.last - of_all[0], 0, len(of_all) - 1)
-        is_here = of_all[here] == self.substeps.last
-        return here, is_here & (self.substeps.number > 0)
+    zeros = lambda x: jtu.tree_map(jnp.zeros_like, x)
+    t_y0, t_last = with_zeros(t_y0, y0), zeros(values.last)
+    # If there is no substep at all.
+    t_last = eqx.tree_at(lambda r: (r.starts, r.at.ys), t_last, (t_y0, t_y0))
+    num_used = -(-substeps.number // substeps.per_chunk)
+    # Also what never changes. If that were a constant of the scan, then its cotangent
+    # would be added up over all chunks, rather than over those that are used.
+    carry = t_y0, zeros(values.kept), t_last, t_chunk
+    (_, t_kept, t_last, _), t_chunks = scan_used(
+        body, carry, len(values.chunks), num_used, t_y0
+    )
+    return values, Values(t_chunks, t_kept, t_last)
 
 
 def scan_used(
@@ -337,6 +207,8 @@ def scan_used(
     reason it is no `while` loop. Nothing is stored for that: what is needed is made
     again.
     """
+    # In a batch, `lax.cond` would otherwise evaluate both of its branches.
+    num_used = eqxi.unvmap_max(num_used)
     # Around the `lax.cond`: what one of its branches stores, the other one has to fill
     # with zeros.
     remake = ft.partial(jax.checkpoint, prevent_cse=False)
