@@ -304,8 +304,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         elif y_errors is None:
             return None
         else:
-            y_errors = problem.ravel_all(y_errors)
-            return accumulated_error(problem.window, solution.at.ys, y_errors)
+            errors = problem.ravel_all(y_errors)
+            return accumulated_error(problem.window, solution.at.ys, errors)
 
     @property
     def _estimates_by_halving(self):

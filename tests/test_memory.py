@@ -19,7 +19,7 @@ def test_memory_per_window(size, dtype, steps):
     def memory(max_windows):
         def loss(y0):
             ts = jnp.linspace(0, 1, 5, dtype=dtype)
-            sol = diffrax.diffeqsolve(
+            sol: Any = diffrax.diffeqsolve(
                 ODETerm(lambda t, y, args: -jnp.sin(y)),
                 DeerSolver(diffrax.Tsit5(), points),
                 jnp.zeros((), dtype),
@@ -33,7 +33,7 @@ def test_memory_per_window(size, dtype, steps):
                 max_steps=max_windows,
             )
             dense = sol.interpolation.evaluate(0.5) if steps else 0
-            return jnp.sum(sol.ys) + jnp.sum(dense)  # pyright: ignore
+            return jnp.sum(sol.ys) + jnp.sum(dense)
 
         y0 = jax.ShapeDtypeStruct((size,), dtype)
         compiled: Any = jax.jit(jax.grad(loss)).lower(y0).compile()

@@ -46,11 +46,11 @@ class DeerAdjoint(AbstractAdjoint):
         `diffrax.RecursiveCheckpointAdjoint`. They are given by the implicit function
         theorem: backwards through each window goes one linear recurrence, evaluated in
         parallel, and no iteration is made again. (On a CPU, see below.) Forward mode
-        and higher derivatives work as well, and so do derivatives with respect to `t0`, `t1`, the save times,
-        `StepTo(ts=...)`, and `ClipStepSizeController(step_ts=..., jump_ts=...)`. All
-        other times that an adaptive step size controller has chosen are treated as
-        constants. There is none with respect to `solver_state`, `controller_state`
-        and what the controller itself consists of.
+        and higher derivatives work as well, and so do derivatives with respect to `t0`,
+        `t1`, the save times, `StepTo(ts=...)`, and `ClipStepSizeController(step_ts=...,
+        jump_ts=...)`. All other times that an adaptive step size controller has chosen
+        are treated as constants. There is none with respect to `solver_state`,
+        `controller_state` and what the controller itself consists of.
     - **Steps known in advance**, those of `ConstantStepSize` and `StepTo`, are merged:
         with `DeerSolver(substeps=1)`, as many steps as fit become a single window. This
         gives the steps, saved values and statistics of the wrapped solver itself in the

@@ -255,7 +255,7 @@ class MergedWindows(AbstractWindows):
     def grid(self, index, t0, t1) -> Real[Array, " size_plus_1"]:
         del t0
         steps = jnp.arange(self.steps + 1, dtype=jnp.int32)
-        ts = self.times.starts(index * self.steps + steps)
+        ts = self.times.starts(jnp.asarray(index) * self.steps + steps)
         grid = eqx.filter_vmap(uniform_grid, in_axes=(0, 0, None))(
             ts[:-1], ts[1:], self.substeps
         )

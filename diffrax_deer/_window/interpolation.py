@@ -5,7 +5,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
-from jaxtyping import Array, ArrayLike, Int, PyTree, Real
+from jaxtyping import Array, Int, PyTree, Real
 
 from .._custom_types import RealScalarLike
 
@@ -18,8 +18,8 @@ def uniform_grid(
 
 
 def grid_time(
-    t0: Real[ArrayLike, "*#times"],
-    t1: Real[ArrayLike, "*#times"],
+    t0: RealScalarLike | Real[Array, "*#times"],
+    t1: RealScalarLike | Real[Array, "*#times"],
     substeps: int,
     index: Int[Array, "*#times"],
 ) -> Real[Array, "*times"]:
