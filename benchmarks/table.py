@@ -64,8 +64,12 @@ def _calls(rows: list[dict[str, Any]], bounds: list[dict[str, Any]]) -> list[str
             "gradient",
             lambda row: f"{row['temp_mib']:.2g} MiB",
         ),
-        "Span of the value": ("value", lambda row: f"{row.get('span') or '-'}"),
     }
+    if any(row.get("span") for row in rows):
+        tables["Span of the value"] = (
+            "value",
+            lambda row: f"{row.get('span') or '-'}",
+        )
     names = list(dict.fromkeys(row["name"] for row in rows))
     for title, (what, show) in tables.items():
         cells = []

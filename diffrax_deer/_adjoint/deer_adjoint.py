@@ -187,6 +187,7 @@ class DeerAdjoint(AbstractAdjoint):
         substeps = Substeps(
             _num_substeps(stepper, recording, num_steps),
             recording.kept,
+            layout.ts is None,
             stepper.substeps,
             layout.chunk,
         )

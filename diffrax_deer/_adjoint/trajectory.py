@@ -54,12 +54,14 @@ class Substeps(eqx.Module):
     - `number`: how many there are.
     - `kept`: which of these are kept, in order. Followed by numbers that are larger
         than that of any substep.
+    - `are_all_kept`: whether `kept` are all of them.
     - `per_step`: how many of them are a step.
     - `per_chunk`: how many of them are differentiated at once.
     """
 
     number: Int[Array, ""]
     kept: Int[Array, " kept"]
+    are_all_kept: bool = eqx.field(static=True)
     per_step: int = eqx.field(static=True)
     per_chunk: int = eqx.field(static=True)
 
@@ -166,30 +168,41 @@ def _(primals, tangents):
         solve = lambda chunk, start: chunk(values, index, start)
         rows, t_rows = eqx.filter_jvp(solve, (chunk, start), (t_chunk, t_start))
         t_rows = with_zeros(t_rows, rows)
-        place = substeps.places(of_all)
-        t_kept = jtu.tree_map(
-            lambda x, t: x.at[place].set(t, mode="drop", unique_indices=True),
-            t_kept,
-            t_rows,
-        )
+        if not substeps.are_all_kept:
+            place = substeps.places(of_all)
+            t_kept = jtu.tree_map(
+                lambda x, t: x.at[place].set(t, mode="drop", unique_indices=True),
+                *(t_kept, t_rows),
+            )
         here = jnp.clip(substeps.last - of_all[0], 0, len(of_all) - 1)
         is_here = of_all[here] == substeps.last
         t_last = jtu.tree_map(
             lambda x, t: jnp.where(is_here, t[here], x), t_last, t_rows
         )
-        return (t_rows.at.ys[-1], t_kept, t_last, t_chunk), t_start
+        out = t_start, (t_rows if substeps.are_all_kept else None)
+        return (t_rows.at.ys[-1], t_kept, t_last, t_chunk), out
 
     zeros = lambda x: jtu.tree_map(jnp.zeros_like, x)
     t_y0, t_last = with_zeros(t_y0, y0), zeros(values.last)
     # If there is no substep at all.
     t_last = eqx.tree_at(lambda r: (r.starts, r.at.ys), t_last, (t_y0, t_y0))
     num_used = -(-substeps.number // substeps.per_chunk)
+    if substeps.are_all_kept:
+        # These are put together afterwards. In the carry, all of them would be copied
+        # wherever a chunk is skipped.
+        some = lambda x: jnp.zeros((substeps.per_chunk, *x.shape[1:]), x.dtype)
+        t_kept, t_some = None, jtu.tree_map(some, values.kept)
+    else:
+        t_kept, t_some = zeros(values.kept), None
     # Also what never changes. If that were a constant of the scan, then its cotangent
     # would be added up over all chunks, rather than over those that are used.
-    carry = t_y0, zeros(values.kept), t_last, t_chunk
-    (_, t_kept, t_last, _), t_chunks = scan_used(
-        body, carry, len(values.chunks), num_used, t_y0
-    )
+    carry = t_y0, t_kept, t_last, t_chunk
+    number, like = len(values.chunks), (t_y0, t_some)
+    carry, (t_chunks, t_all) = scan_used(body, carry, number, num_used, like)
+    _, t_kept, t_last, _ = carry
+    if substeps.are_all_kept:
+        cut = lambda x, t: _join(t)[: len(x)]
+        t_kept = jtu.tree_map(cut, values.kept, t_all)
     return values, Values(t_chunks, t_kept, t_last)
 
 
@@ -231,7 +244,7 @@ def scan_used(
         firsts = first + part * jnp.arange(number, dtype=jnp.int32)
         carry, out = lax.scan(one, carry, firsts)
         if part > 1:
-            out = jtu.tree_map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+            out = jtu.tree_map(_join, out)
         return carry, out
 
     first = jnp.array(0, jnp.int32)
@@ -239,6 +252,11 @@ def scan_used(
     if length == 1:
         out = jtu.tree_map(lambda x: x[None], out)
     return carry, jtu.tree_map(lambda x: x[:length], out)
+
+
+def _join(x: Array) -> Array:
+    # Not with -1, as there may be nothing in it.
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 class Trajectory(eqx.Module):
