@@ -32,10 +32,10 @@ def accumulated_error(
     size = jnp.maximum(jnp.abs(starts), jnp.abs(ys))
     errors = errors * jnp.where(size > size_at_ends, size_at_ends / size, 1)
     # In units of the largest one, whose square might overflow.
-    unit = jnp.max(jnp.abs(errors), axis=0)
+    unit = jnp.max(jnp.abs(errors), axis=0, keepdims=True)
     errors = errors / jnp.where(unit > 0, unit, 1)
     random = jnp.sqrt(jnp.sum(errors**2, axis=0))
-    return unit * jnp.maximum(jnp.abs(jnp.sum(errors, axis=0)), random)
+    return unit[0] * jnp.maximum(jnp.abs(jnp.sum(errors, axis=0)), random)
 
 
 def error_by_halving(

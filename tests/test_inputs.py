@@ -12,7 +12,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 from diffrax import ODETerm, RESULTS
-from diffrax_deer import CoarseGuess, ConstantGuess, DEER, DeerSolver
+from diffrax_deer import CoarseGuess, ConstantGuess, DEER, DeerAdjoint, DeerSolver
 
 from .helpers import (
     diffeqsolve,
@@ -150,6 +150,7 @@ def test_flags():
         sol = _solve(_decay, jnp.ones(2), DeerSolver(diffrax.Tsit5(), 8))
         implicit = diffrax.ImplicitEuler(root_finder=root_finder)
         _solve(_decay, jnp.ones(2), DeerSolver(implicit, 8))
+        _solve(_decay, jnp.ones(2), diffrax.Tsit5(), adjoint=DeerAdjoint())
     assert sol.result == RESULTS.successful
 
 

@@ -63,7 +63,7 @@ def save(
         indices.append(index)
         # If there is a jump between two steps, then Diffrax saves the time after it.
         ts.append(after)
-        ys.append(jnp.where(is_saved[:, None], all_ys[last], values.last.at.ys))
+        ys.append(jnp.where(is_saved[:, None], all_ys[last], values.last.at.ys[None]))
 
     ys = [scheme.unravel_all(y) for y in ys]
 

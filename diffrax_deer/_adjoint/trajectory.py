@@ -125,7 +125,7 @@ class Problem(eqx.Module):
             at = jtu.tree_map(
                 lambda x: x[jnp.minimum(of_all, len(x) - 1)], values.kept.at
             )
-            ys = jnp.where(is_used[:, None], at.ys, values.last.at.ys)
+            ys = jnp.where(is_used[:, None], at.ys, values.last.at.ys[None])
             ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
             at = implicit_solution(
                 Iterate(ys, ks), part.window, method=method, scan=scan
@@ -312,7 +312,7 @@ class Trajectory(eqx.Module):
         t0s, t1s = self.problem.of_substeps(index)
         # What is not used must nonetheless be finite.
         is_used = index < self.problem.substeps.number
-        y1 = self.values.last.at.ys
+        y1 = self.values.last.at.ys[None]
         starts = jnp.where(is_used[:, None], rows.starts, y1)
         ys = jnp.where(is_used[:, None], rows.at.ys, y1)
         at = Iterate(ys, jnp.where(is_used[:, None, None, None], rows.at.ks, 0))
