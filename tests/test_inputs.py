@@ -28,7 +28,7 @@ from .helpers import (
 heun = DeerSolver(diffrax.Heun(), 8)
 
 
-def _solve(vector_field, y0, solver=heun, t0=0.0, t1=1.0, dt0=0.5, **kwargs):
+def _solve(vector_field, y0, solver: Any = heun, t0=0.0, t1=1.0, dt0=0.5, **kwargs):
     return diffeqsolve(ODETerm(vector_field), solver, t0, t1, dt0, y0, **kwargs)
 
 
