@@ -187,6 +187,12 @@ def test_interpolation():
         saveat=diffrax.SaveAt(ts=ts),
     ).ys
     assert max_error(discretisation.evaluate(at, ts), exact) < 1e-8
+    infos = discretisation.outputs(at).dense_info
+    info = jtu.tree_map(lambda x: x[11], infos)
+    t0, t1 = discretisation.t0s[11], discretisation.t1s[11]
+    interpolation = discretisation.scheme.interpolation(t0, t1, info)
+    assert interpolation.t0 == discretisation.t0s[11]
+    assert max_error(interpolation.evaluate(ts[1]), exact[1]) < 1e-8
 
 
 def test_finite():

@@ -21,6 +21,7 @@ from .._custom_types import RealScalarLike
 from .._window import Iterate, Scheme
 from .event import first_crossing
 from .stepper import AbstractStepper, MergedWindows
+from .times import almost
 from .trajectory import Rows, Values
 
 
@@ -122,8 +123,6 @@ def record(
     )
     max_windows = None if max_steps is None else -(-max_steps // stepper.steps)
     error_order = stepper.solver.error_order(scheme.terms)
-    # As in Diffrax, which thus avoids tiny steps at the end.
-    almost_t1 = t1 - 100 * jnp.spacing(t1)
 
     def is_unfinished(state):
         return (state.tprev < t1) & is_successful(state.result)
@@ -144,7 +143,7 @@ def record(
         )
         tprev = jnp.minimum(tprev, t1)
         end = jnp.where(keep, t1, tprev + 0.5 * (t1 - tprev))
-        tnext = jnp.where(tnext > almost_t1, end, tnext)
+        tnext = jnp.where(tnext > almost(t1), end, tnext)
         if state.made_jump is False:
             made_jump = False
         else:

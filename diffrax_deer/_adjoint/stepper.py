@@ -189,14 +189,6 @@ class AbstractWindows(AbstractStepper):
         del scheme, max_windows
         return self.size
 
-    def make(self, scheme, ts, y0, solver_state, made_jump) -> Made:
-        del made_jump
-        y1, y_error, _, state, result, at = self.solver.solve_window(
-            scheme.terms, ts, y0, scheme.args, solver_state
-        )
-        span = state.sequential_evaluations
-        return Made(y1, y_error, at, state, result, state.num_iterations, span)
-
     def grouped(self, dense_infos):
         def split(x):
             number = len(x) // self.substeps
@@ -225,6 +217,10 @@ class Windows(AbstractWindows):
     def grid(self, index, t0, t1) -> Real[Array, " size_plus_1"]:
         del index
         return uniform_grid(t0, t1, self.substeps)
+
+    def make(self, scheme, ts, y0, solver_state, made_jump) -> Made:
+        del made_jump
+        return _make_window(self.solver, scheme, ts, y0, solver_state)
 
 
 class MergedWindows(AbstractWindows):
@@ -261,6 +257,10 @@ class MergedWindows(AbstractWindows):
         )
         return jnp.append(grid[:, :-1].reshape(-1), t1)
 
+    def make(self, scheme, ts, y0, solver_state, made_jump) -> Made:
+        del solver_state, made_jump
+        return _make_window(self.solver, scheme, ts, y0, None)
+
     def unmerged(
         self, init_state: Any, solver_state: DeerState, num_steps: Int[Array, ""]
     ) -> tuple[Any, Any]:
@@ -285,6 +285,14 @@ class MergedWindows(AbstractWindows):
         )
         times = self.times
         return new_state, advance(times.controller, times.controller_state, num_steps)
+
+
+def _make_window(solver, scheme, ts, y0, solver_state) -> Made:
+    y1, y_error, _, state, result, at = solver.solve_window(
+        scheme.terms, ts, y0, scheme.args, solver_state
+    )
+    span = state.sequential_evaluations
+    return Made(y1, y_error, at, state, result, state.num_iterations, span)
 
 
 class _KnownWindows(eqx.Module):

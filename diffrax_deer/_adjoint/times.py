@@ -46,10 +46,8 @@ class KnownTimes(AbstractTimes):
             index = jnp.minimum(index, self.max_steps)
         ts = jnp.vectorize(self._later)(index)
         ts = jnp.where(index == 0, self.t0, jnp.where(index == 1, self.tnext, ts))
-        # As in `diffeqsolve`, which thus avoids tiny steps at the end.
-        fixed_t1 = lax.stop_gradient(self.t1)
-        almost_t1 = fixed_t1 - 100 * jnp.spacing(fixed_t1)
-        return jnp.where((ts > almost_t1) | (ts >= self.t1), self.t1, ts)
+        is_end = (ts > almost(self.t1)) | (ts >= self.t1)
+        return jnp.where(is_end, self.t1, ts)
 
     def _later(self, n):
         dtype = jnp.result_type(self.t0)
@@ -89,6 +87,13 @@ class ChosenTimes(AbstractTimes):
         same = jnp.abs(ts - fixed[nearest]) <= 2 * jnp.spacing(jnp.abs(ts))
         same = same & jnp.isfinite(fixed[nearest])
         return ts + jnp.where(same, moving[nearest] - fixed[nearest], 0)
+
+
+def almost(t1: RealScalarLike) -> Real[Array, ""]:
+    """Steps that would end later end at `t1`. As in `diffeqsolve`, which thus avoids
+    tiny steps at the end."""
+    t1 = lax.stop_gradient(jnp.asarray(t1))
+    return t1 - 100 * jnp.spacing(t1)
 
 
 def anchors(controller: AbstractStepSizeController) -> list[Array]:

@@ -1,7 +1,6 @@
 """The solution, as a function of what the user has passed, and its interpolation."""
 
 import functools as ft
-import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -231,7 +230,9 @@ def scan_used(
         if size == 1:
             return remake(body)(carry, first)
         # In turn in parts, so that those not used are skipped many at a time.
-        part = _BASE ** (math.ceil(math.log(size, _BASE) - 1e-6) - 1)
+        part = 1
+        while part * _BASE < size:
+            part *= _BASE
         number = -(-size // part)
         zeros = lambda x: jnp.zeros(x.shape if part == 1 else (part, *x.shape), x.dtype)
         skip = lambda carry: (carry, jtu.tree_map(zeros, like))
@@ -295,7 +296,7 @@ class Trajectory(eqx.Module):
 
     def evaluate(self, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, in substeps that are kept."""
-        kept, scheme = self.problem.substeps.kept, self.problem.scheme
+        kept = self.problem.substeps.kept
         _, ends = self.problem.of_substeps(kept)
         index = jnp.searchsorted(lax.stop_gradient(ends), ts)
         index = jnp.minimum(index, len(kept) - 1)
@@ -305,8 +306,7 @@ class Trajectory(eqx.Module):
             t0s, t1s, infos = of_kept(self._infos(kept, self.values.kept))
         else:
             t0s, t1s, infos = self._infos(kept[index], of_kept(self.values.kept))
-        evaluate = lambda t, *where: scheme.interpolation(*where).evaluate(t)
-        return jax.vmap(evaluate)(ts, t0s, t1s, infos)
+        return self.problem.scheme.evaluate(ts, t0s, t1s, infos)
 
     def _infos(self, index, rows):
         t0s, t1s = self.problem.of_substeps(index)

@@ -2,7 +2,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -99,8 +98,7 @@ class Discretisation(eqx.Module):
         index = jnp.searchsorted(lax.stop_gradient(self.t1s), ts)
         index = jnp.clip(index, 0, self.substeps - 1)
         infos = jtu.tree_map(lambda x: x[index], self.outputs(at).dense_info)
-        evaluate = lambda t, *where: self.scheme.interpolation(*where).evaluate(t)
-        return jax.vmap(evaluate)(ts, self.t0s[index], self.t1s[index], infos)
+        return self.scheme.evaluate(ts, self.t0s[index], self.t1s[index], infos)
 
     def ravel_all(self, ys: PyTree[Array]) -> Float[Array, "substeps size"]:
         return self.scheme.ravel_all(ys, self.substeps)

@@ -123,6 +123,20 @@ class Scheme(eqx.Module):
         t1 = jnp.where(t0 == t1, t0 + 1, t1)
         return self.solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
 
+    def evaluate(
+        self,
+        ts: Real[Array, " times"],
+        t0s: Real[Array, " times"],
+        t1s: Real[Array, " times"],
+        dense_infos: PyTree[Array],
+    ) -> PyTree[Array]:
+        """The solution at many times, each in a step of its own."""
+
+        def one(t, t0, t1, dense_info):
+            return self.interpolation(t0, t1, dense_info).evaluate(t)
+
+        return jax.vmap(one)(ts, t0s, t1s, dense_infos)
+
     def ravel(self, y: PyTree[Array]) -> Float[Array, " size"]:
         return ravel_pytree(y)[0]
 
