@@ -6,11 +6,14 @@ of a step.
 """
 
 import dataclasses
+import functools as ft
+import math
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -52,7 +55,7 @@ class Layout(eqx.Module):
     @property
     def max_kept(self) -> int:
         if self.ts is None:
-            return self.max_substeps
+            return self.max_chunks * self.chunk
         else:
             # At least one, as arrays of none take special care.
             return min(max(len(self.ts), 1), self.max_substeps)
@@ -322,18 +325,19 @@ def _keep(
     of_all = first + jnp.arange(size, dtype=jnp.int32)
     starts = jnp.concatenate([scheme.ravel(y0)[None], made.at.ys[:-1]])
     rows, values = Rows(starts, made.at), recording.values
+    num_kept, num_points = recording.num_kept, recording.num_points
     if layout.ts is None:
-        index, num_kept, num_points = of_all, recording.num_kept, 0
+        index = of_all
+    elif len(layout.ts) == 0:
+        index = jnp.full(size, layout.max_kept, jnp.int32)
     else:
         # Which substeps are those that the points lie in.
-        method = "compare_all" if size == 1 else "scan"
-        ends = jnp.searchsorted(layout.ts, ts[1:], side="right", method=method)
-        ends = ends.astype(jnp.int32)
-        is_kept = jnp.diff(ends, prepend=recording.num_points) > 0
-        index = recording.num_kept + jnp.cumsum(is_kept, dtype=jnp.int32) - 1
-        num_kept = jnp.where(is_good, jnp.max(index) + 1, recording.num_kept)
+        ends = jax.vmap(ft.partial(_count, layout.ts))(ts[1:])
+        is_kept = jnp.diff(ends, prepend=num_points) > 0
+        index = num_kept + jnp.cumsum(is_kept, dtype=jnp.int32) - 1
+        num_kept = jnp.where(is_good, jnp.max(index) + 1, num_kept)
         index = jnp.where(is_kept, index, layout.max_kept)
-        num_points = jnp.where(is_good, ends[-1], recording.num_points)
+        num_points = jnp.where(is_good, ends[-1], num_points)
     # Windows consist of whole chunks, or chunks of whole windows.
     chunk = jnp.where(
         first % layout.chunk == 0, first // layout.chunk, layout.max_chunks
@@ -360,12 +364,24 @@ def _keep(
         event_substep=substep,
         num_windows=window + jnp.where(is_good, 1, 0).astype(jnp.int32),
         num_kept=num_kept,
-        num_points=jnp.asarray(num_points, jnp.int32),
+        num_points=num_points,
         num_iterations=iterations,
         max_window_iterations=most,
         span=recording.span + made.span,
     )
     return _replace(recording, **new)
+
+
+def _count(ts: Real[Array, " points"], t: Real[Array, ""]) -> Int[Array, ""]:
+    """How many of these, which are in order, are not later than `t`."""
+    # As `jnp.searchsorted`, but two operations on few numbers are quicker than many on
+    # one, or one on all.
+    rows = math.isqrt(len(ts))
+    width = -(-len(ts) // rows)
+    ts = jnp.pad(ts, (0, rows * width - len(ts)), constant_values=jnp.inf)
+    ts = ts.reshape(rows, width)
+    row = jnp.maximum(jnp.sum(ts[:, 0] <= t, dtype=jnp.int32) - 1, 0)
+    return row * width + jnp.sum(ts[row] <= t, dtype=jnp.int32)
 
 
 def _replace(recording: Recording, **fields: Any) -> Recording:

@@ -106,8 +106,15 @@ class Problem(eqx.Module):
             t0, t1 = (grid_time(t0, t1, n, i) for i in (substep, substep + 1))
         return jnp.where(index < self.substeps.number, t0, t1), t1
 
-    def chunk(self, values: Values, index: Int[Array, ""], start: Array) -> Rows:
-        """The substeps of a chunk, as a function of all that they depend on."""
+    def chunk(
+        self,
+        index: Int[Array, ""],
+        start: Float[Array, " size"],
+        at: Iterate | None,
+        end: Float[Array, " size"],
+    ) -> Rows:
+        """The substeps of a chunk, as a function of all that they depend on. `at` are
+        their values if these have been kept, and `end` is the last value of all."""
         of_all = self.substeps.of_chunk(index)
         t0s, t1s = self.of_substeps(of_all)
         scheme = self.scheme
@@ -118,13 +125,11 @@ class Problem(eqx.Module):
         if self.linearisation is None:
             at = part.sequential()
         else:
+            assert at is not None
             method, scan = self.linearisation
             # What is not used stays where it is.
             is_used = of_all < self.substeps.number
-            at = jtu.tree_map(
-                lambda x: x[jnp.minimum(of_all, len(x) - 1)], values.kept.at
-            )
-            ys = jnp.where(is_used[:, None], at.ys, values.last.at.ys[None])
+            ys = jnp.where(is_used[:, None], at.ys, end[None])
             ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
             at = implicit_solution(
                 Iterate(ys, ks), part.window, method=method, scan=scan
@@ -135,42 +140,53 @@ class Problem(eqx.Module):
 def solution(values: Values, problem: Problem) -> Values:
     """The solution, as a function of the problem. Its values must be known already."""
     y0 = problem.scheme.ravel(problem.scheme.y0)
+    is_kept = problem.linearisation is not None
+    xs = _of_chunks(values, problem.substeps, is_kept)
     # Vector fields may close over what is being differentiated.
     chunk = eqx.filter_closure_convert(
-        problem.chunk, values, jnp.array(0, jnp.int32), y0
+        *(problem.chunk, jnp.array(0, jnp.int32)),
+        *jtu.tree_map(lambda x: x[0], xs),
+        y0,
     )
-    return _solution(values, y0, chunk, problem.substeps)
+    return _solution(values, y0, chunk, problem.substeps, is_kept=is_kept)
 
 
 @eqx.filter_custom_jvp
 def _solution(
-    values: Values, y0: Float[Array, " size"], chunk: Callable, substeps: Substeps
+    values: Values,
+    y0: Float[Array, " size"],
+    chunk: Callable,
+    substeps: Substeps,
+    *,
+    is_kept: bool,
 ) -> Values:
-    del y0, chunk, substeps
+    del y0, chunk, substeps, is_kept
     return values
 
 
 # The derivative goes from chunk to chunk, forwards, and if transposed then backwards.
 # Chunks that are not used cost next to nothing.
 @_solution.def_jvp
-def _(primals, tangents):
+def _(primals, tangents, *, is_kept):
     values, y0, chunk, substeps = primals
     _, t_y0, t_chunk, _ = tangents
     # For higher derivatives: what follows depends on the solution as well.
-    values = _solution(values, y0, chunk, substeps)
+    values = _solution(values, y0, chunk, substeps, is_kept=is_kept)
+    end = values.last.at.ys
 
-    def body(carry, index):
+    def body(carry, index, x):
         t_start, t_kept, t_last, t_chunk = carry
         of_all = substeps.of_chunk(index)
-        is_used = of_all[0] < substeps.number
-        start = jnp.where(is_used, values.chunks[index], values.last.at.ys)
-        solve = lambda chunk, start: chunk(values, index, start)
+        start, at = x
+        start = jnp.where(of_all[0] < substeps.number, start, end)
+        solve = lambda chunk, start: chunk(index, start, at, end)
         rows, t_rows = eqx.filter_jvp(solve, (chunk, start), (t_chunk, t_start))
         t_rows = with_zeros(t_rows, rows)
         if not substeps.are_all_kept:
             place = substeps.places(of_all)
+            # That is, `set`, the transpose of which would have to copy.
             t_kept = jtu.tree_map(
-                lambda x, t: x.at[place].set(t, mode="drop", unique_indices=True),
+                lambda x, t: x.at[place].add(t, mode="drop", unique_indices=True),
                 *(t_kept, t_rows),
             )
         here = jnp.clip(substeps.last - of_all[0], 0, len(of_all) - 1)
@@ -196,24 +212,29 @@ def _(primals, tangents):
     # Also what never changes. If that were a constant of the scan, then its cotangent
     # would be added up over all chunks, rather than over those that are used.
     carry = t_y0, t_kept, t_last, t_chunk
-    number, like = len(values.chunks), (t_y0, t_some)
-    carry, (t_chunks, t_all) = scan_used(body, carry, number, num_used, like)
+    xs = _of_chunks(values, substeps, is_kept)
+    carry, (t_chunks, t_all) = scan_used(body, carry, xs, num_used, (t_y0, t_some))
     _, t_kept, t_last, _ = carry
     if substeps.are_all_kept:
-        cut = lambda x, t: _join(t)[: len(x)]
-        t_kept = jtu.tree_map(cut, values.kept, t_all)
+        t_kept = jtu.tree_map(_join, t_all)
     return values, Values(t_chunks, t_kept, t_last)
+
+
+def _of_chunks(values: Values, substeps: Substeps, is_kept: bool):
+    """What of the values each of the chunks is found from."""
+    split = lambda x: x.reshape(-1, substeps.per_chunk, *x.shape[1:])
+    return values.chunks, jtu.tree_map(split, values.kept.at) if is_kept else None
 
 
 def scan_used(
     body: Callable,
     carry: PyTree[Array],
-    length: int,
+    xs: PyTree[Array],
     num_used: Int[Array, ""],
     like: PyTree[Array],
 ) -> tuple[PyTree[Array], PyTree[Array]]:
-    """`lax.scan(body, carry, jnp.arange(length))`, but only the first `num_used` do
-    anything. What the others put out is zero, and `like` that of one of them.
+    """As `lax.scan`, of a body that also gets the index, but only the first `num_used`
+    do anything. What the others put out is zero, and `like` that of one of them.
 
     It can be differentiated, in forward and in reverse mode, like any scan, for which
     reason it is no `while` loop. Nothing is stored for that: what is needed is made
@@ -225,10 +246,12 @@ def scan_used(
     # with zeros.
     remake = ft.partial(jax.checkpoint, prevent_cse=False)
 
-    def make(size, carry, first):
-        # All from the first one on, of which there are `size`.
+    def make(size, carry, first, xs, offset):
+        # All from the first one on, of which there are `size`. `xs` begin with that of
+        # the index `offset`, which is less if there are fewer.
         if size == 1:
-            return remake(body)(carry, first)
+            x = jtu.tree_map(lambda x: x[0], xs)
+            return remake(body)(carry, first, x)
         # In turn in parts, so that those not used are skipped many at a time.
         part = 1
         while part * _BASE < size:
@@ -239,8 +262,12 @@ def scan_used(
 
         @remake
         def one(carry, first):
-            some = lambda carry: make(part, carry, first)
-            return lax.cond(first < num_used, some, skip, carry)
+            # Whatever is used in there is also stored, but not from all of it.
+            start = jnp.minimum(first - offset, _length(xs) - part)
+            cut = lambda x: lax.dynamic_slice_in_dim(x, start, part)
+            some = jtu.tree_map(cut, xs)
+            do = lambda carry: make(part, carry, first, some, offset + start)
+            return lax.cond(first < num_used, do, skip, carry)
 
         firsts = first + part * jnp.arange(number, dtype=jnp.int32)
         carry, out = lax.scan(one, carry, firsts)
@@ -248,11 +275,15 @@ def scan_used(
             out = jtu.tree_map(_join, out)
         return carry, out
 
-    first = jnp.array(0, jnp.int32)
-    carry, out = make(length, carry, first)
+    first, length = jnp.array(0, jnp.int32), _length(xs)
+    carry, out = make(length, carry, first, xs, first)
     if length == 1:
         out = jtu.tree_map(lambda x: x[None], out)
     return carry, jtu.tree_map(lambda x: x[:length], out)
+
+
+def _length(xs: PyTree[Array]) -> int:
+    return len(jtu.tree_leaves(xs)[0])
 
 
 def _join(x: Array) -> Array:

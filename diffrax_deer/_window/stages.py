@@ -133,12 +133,11 @@ class StageWindow(AbstractWindow):
         A, b, zeros = self._constants()
         needed = int(np.max(np.flatnonzero(~self.is_optional[0]))) + 1
         _, (ys, ks) = lax.scan(body, self.y0, self.xs)
-        at = Iterate(ys, ks)
-        points = self.points(at)
         # Those that nothing depends on can wait, and perhaps are not asked for.
+        others = self.starts(ys)[:, None] + weighted(self.tableau.A[:, needed:], ks)
         for i in range(needed, self.tableau.stages):
             stage = jax.vmap(lambda x, y: self.stage(x, i, y))
-            ks = ks.at[:, :, i].set(stage(self.xs, points[:, i]))
+            ks = ks.at[:, :, i].set(stage(self.xs, others[:, i - needed]))
         return Iterate(ys, ks)
 
     def derivative(
