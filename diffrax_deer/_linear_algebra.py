@@ -15,14 +15,16 @@ Matrices: TypeAlias = Float[Array, "*batch size size"] | Float[Array, "*batch si
 _SMALL = 8
 
 
-def matmul(A: Float[Array, "... i j"], B: Float[Array, "... j k"]) -> Array:
+def matmul(
+    A: Float[Array, "... i j"], B: Float[Array, "... j k"], small: int = _SMALL
+) -> Array:
     def product(A, B):
         return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
 
     def sum_of_products(A, B):
         return jnp.sum(A[..., None] * B[..., None, :, :], axis=-2)
 
-    if A.shape[-1] <= _SMALL:
+    if A.shape[-1] <= small:
         return lax.platform_dependent(A, B, cpu=product, default=sum_of_products)
     else:
         return product(A, B)

@@ -122,10 +122,9 @@ class Problem(eqx.Module):
             *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
             scheme.unravel(start),
         )
-        if self.linearisation is None:
+        if at is None or self.linearisation is None:
             at = part.sequential()
         else:
-            assert at is not None
             method, scan = self.linearisation
             # What is not used stays where it is.
             is_used = of_all < self.substeps.number

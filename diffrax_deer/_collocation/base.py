@@ -3,6 +3,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -88,7 +89,8 @@ class AbstractCollocation(AbstractImplicitSolver[None], AbstractAdaptiveSolver[N
 
         def weighted(weights, k):
             dtype = jnp.result_type(k)
-            return jnp.tensordot(jnp.asarray(weights, dtype), k, axes=1)
+            weights = jnp.asarray(weights, dtype)
+            return jnp.tensordot(weights, k, axes=1, precision=lax.Precision.HIGHEST)
 
         def increments(k, args):
             def one(time, weights):

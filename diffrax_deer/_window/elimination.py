@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._linear_algebra import Matrices, matvec
+from .._linear_algebra import matmul, Matrices, matvec
 from .base import AbstractElimination, Iterate
 from .tableau import Tableau
 
@@ -184,10 +185,13 @@ def weighted(
     weights: np.ndarray, ks: Float[Array, "substeps parts stages size"]
 ) -> Array:
     """A sum over parts and stages, the last axes of `weights`, or several of them."""
-    *several, parts, stages = np.moveaxis(weights, 0, -2).shape
-    weights = np.moveaxis(weights, 0, -2).reshape(1, *several, parts, stages, 1)
-    ks = jnp.expand_dims(ks, range(1, 1 + len(several)))
-    return jnp.sum(jnp.asarray(weights, ks.dtype) * ks, axis=(-3, -2))
+    substeps, parts, stages, size = ks.shape
+    several = weights.shape[1:-1]
+    rows = np.moveaxis(weights, 0, -2).reshape(math.prod(several), parts * stages)
+    ks = ks.reshape(substeps, parts * stages, size)
+    # However many stages: their weights are few.
+    sums = matmul(jnp.asarray(rows, ks.dtype), ks, small=parts * stages)
+    return sums.reshape(substeps, *several, size)
 
 
 def _factor(X):
