@@ -123,17 +123,17 @@ class Problem(eqx.Module):
             scheme.unravel(start),
         )
         if at is None or self.linearisation is None:
-            at = part.sequential()
+            made = part.sequential()
         else:
             method, scan = self.linearisation
             # What is not used stays where it is.
             is_used = of_all < self.substeps.number
             ys = jnp.where(is_used[:, None], at.ys, end[None])
             ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
-            at = implicit_solution(
+            made: Iterate = implicit_solution(
                 Iterate(ys, ks), part.window, method=method, scan=scan
             )
-        return Rows(jnp.concatenate([start[None], at.ys[:-1]]), at)
+        return Rows(jnp.concatenate([start[None], made.ys[:-1]]), made)
 
 
 def solution(values: Values, problem: Problem) -> Values:
