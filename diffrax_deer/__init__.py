@@ -5,6 +5,11 @@ from ._collocation import (
     RadauIIA as RadauIIA,
 )
 from ._diagnose import diagnose as diagnose, Report as Report
+from ._grid import (
+    AbstractGrid as AbstractGrid,
+    AdaptiveGrid as AdaptiveGrid,
+    UniformGrid as UniformGrid,
+)
 from ._guess import (
     AbstractGuess as AbstractGuess,
     AutoGuess as AutoGuess,

@@ -30,7 +30,7 @@ from ._linear_algebra import matvec
 from ._method import AbstractDampedMethod, DEER
 from ._solver import DeerSolver
 from ._state import DeerState
-from ._window import AbstractWindow, Discretisation, Iterate, uniform_grid
+from ._window import AbstractWindow, Discretisation, Iterate
 
 
 # No more iterations of each window than these are kept.
@@ -302,10 +302,8 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         deer_state, direction = solver_state
         del made_jump
-        ts = uniform_grid(t0, t1, self.solver.substeps)
-        y1, y_error, _, new_deer_state, result, at = self.solver.solve_window(
-            terms, ts, y0, args, deer_state
-        )
+        solved = self.solver.solve_window(terms, t0, t1, y0, args, deer_state)
+        ts, at, result = solved.ts, solved.at, solved.result
         problem = Discretisation(self.solver.solver, terms, args, ts[:-1], ts[1:], y0)
         iteration = self.solver.iteration(problem)
         guess, _ = self.solver.first_guess(problem, deer_state)
@@ -315,12 +313,13 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         info = dict(
             okay=(result == RESULTS.successful).astype(at.ys.dtype),
             num_iterations=state.num_iterations.astype(at.ys.dtype),
-            span=new_deer_state.sequential_evaluations.astype(at.ys.dtype),
+            span=solved.state.sequential_evaluations.astype(at.ys.dtype),
             residuals=residuals,
             fronts=fronts,
             growth=growth,
         )
-        return y1, y_error, info, (new_deer_state, direction), result
+        state = solved.state, direction
+        return solved.y1, solved.y_error, info, state, result
 
 
 def _no_interpolation(**kwargs):

@@ -20,7 +20,7 @@ from ._checks import (
     check_trajectory,
 )
 from ._custom_types import RealScalarLike
-from ._implicit import joint_solve
+from ._implicit import with_derivative, without_gradient
 from ._iterate import Iteration
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
@@ -248,7 +248,8 @@ def deer_scan_solution(
     )
     ravel_all = jax.vmap(_ravel_floats, axis_size=length)
     first_guess = lambda: window.finite(window.interpolated(ravel_all(guess)))
-    solution = joint_solve(iteration, lambda: (first_guess(), 0))
+    solution = without_gradient(lambda: iteration.run(first_guess()))
+    solution = with_derivative(solution, iteration)
 
     def output(start, other, x):
         _, y = f(eqx.combine(unravel(start), other), x)

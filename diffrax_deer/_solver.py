@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from dataclasses import KW_ONLY
 
@@ -14,7 +15,7 @@ from diffrax import (
     Dopri8,
     RESULTS,
 )
-from jaxtyping import Array, Float, Int, PyTree, Real
+from jaxtyping import Array, Float, PyTree, Real
 
 from ._checks import (
     check_instance,
@@ -24,17 +25,27 @@ from ._checks import (
     check_tolerance,
 )
 from ._collocation import AbstractCollocation
-from ._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from ._custom_types import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    IntScalarLike,
+    RealScalarLike,
+    VF,
+    Y,
+)
 from ._error import accumulated_error, error_by_halving
+from ._grid import AbstractGrid, UniformGrid
 from ._guess import AbstractGuess, AutoGuess
-from ._implicit import joint_solve
-from ._iterate import Iteration, JointSolution
+from ._implicit import with_derivative, without_gradient
+from ._iterate import Iteration, JointSolution, known_solution
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
 from ._state import DeerState
 from ._window import (
     Discretisation,
     Iterate,
+    time_at,
     uniform_grid,
     WindowInterpolationFactory,
 )
@@ -107,6 +118,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     method: AbstractMethod = DEER()
     scan: AbstractScan = AutoScan()
     guess: AbstractGuess = AutoGuess()
+    grid: AbstractGrid = UniformGrid()
     rtol: RealScalarLike | None = None
     atol: RealScalarLike | None = None
     norm: Callable[[PyTree], RealScalarLike] = optx.max_norm
@@ -123,6 +135,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         check_instance(self.method, AbstractMethod, "DeerSolver(method=...)")
         check_instance(self.scan, AbstractScan, "DeerSolver(scan=...)")
         check_instance(self.guess, AbstractGuess, "DeerSolver(guess=...)")
+        check_instance(self.grid, AbstractGrid, "DeerSolver(grid=...)")
         if self.rtol is not None:
             check_tolerance(self.rtol, "DeerSolver(rtol=...)")
         if self.atol is not None:
@@ -190,7 +203,16 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         del terms, t1, args
         # Equal to the times of no window.
         never, zero = jnp.full_like(t0, jnp.nan), jnp.array(0, jnp.int32)
-        return DeerState(never, never, self._zero_trajectory(y0), zero, zero)
+        fractions, required_substeps = self.grid.init(self.substeps, never.dtype)
+        return DeerState(
+            t0=never,
+            t1=never,
+            ys=self._zero_trajectory(y0),
+            num_iterations=zero,
+            sequential_evaluations=zero,
+            fractions=fractions,
+            required_substeps=required_substeps,
+        )
 
     def step(
         self,
@@ -205,29 +227,58 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         del made_jump
         check_state(y0, "y0")
         self._check_solver_state(solver_state, y0)
-        ts = uniform_grid(t0, t1, self.substeps)
-        y1, y_error, dense_info, state, result, _ = self.solve_window(
-            terms, ts, y0, args, solver_state
-        )
-        return y1, y_error, dense_info, state, result
+        solved = self.solve_window(terms, t0, t1, y0, args, solver_state)
+        state = solved.state
+        dense_info: DenseInfo = dict(dense_infos=solved.dense_infos)
+        if state.fractions is not None:
+            dense_info["fractions"] = state.fractions
+        return solved.y1, solved.y_error, dense_info, state, solved.result
 
     def solve_window(
+        self,
+        terms: PyTree[AbstractTerm],
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        solver_state: DeerState,
+    ) -> "SolvedWindow":
+        """On a grid of its own."""
+        ts = uniform_grid(t0, t1, self.substeps)
+        if solver_state.fractions is not None:
+            is_same = (solver_state.t0 == t0) & (solver_state.t1 == t1)
+            ts = jnp.where(is_same, time_at(t0, t1, solver_state.fractions), ts)
+        problem = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0)
+        return self._solve(problem, self.grid, solver_state)
+
+    def solve_on(
         self,
         terms: PyTree[AbstractTerm],
         ts: Real[Array, " substeps_plus_1"],
         y0: Y,
         args: Args,
-        solver_state: DeerState | None,
-    ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS, Iterate]:
-        """As `step`, but on any grid, which also may have any number of substeps. And
-        it also returns the flattened trajectory."""
+    ) -> "SolvedWindow":
+        """On this grid, which may have any number of substeps."""
         problem = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0)
-        solution = joint_solve(
-            self.iteration(problem),
-            lambda: self.first_guess(problem, solver_state),
-            is_solution=self.guess.is_solution(problem),
+        return self._solve(problem, UniformGrid(), None)
+
+    def _solve(
+        self,
+        problem: Discretisation,
+        grid: AbstractGrid,
+        solver_state: DeerState | None,
+    ) -> "SolvedWindow":
+        placed = without_gradient(
+            lambda: grid.place(
+                problem,
+                lambda problem: self.first_guess(problem, solver_state),
+                self._solve_from,
+            )
         )
-        at, unravel = solution.at, problem.unravel
+        if placed.fractions is not None:
+            problem = problem.on(problem.between(placed.fractions))
+        solution = with_derivative(placed.solution, self.iteration(problem))
+        at, unravel, ts = solution.at, problem.unravel, problem.ts
         outputs = problem.outputs(at)
 
         # A solver may also have failed on one of the substeps.
@@ -244,17 +295,22 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         y1 = unravel(jnp.where(okay, at.ys[-1], problem.window.y0))
         y_error = self._error(problem, solution, outputs.y_error)
         if y_error is not None:
-            y_error = jnp.where(okay, lax.stop_gradient(y_error), jnp.inf)
+            is_usable = okay & placed.is_accurate
+            y_error = jnp.where(is_usable, lax.stop_gradient(y_error), jnp.inf)
             y_error = unravel(y_error)
-        new_solver_state = DeerState(
+        state = DeerState(
             t0=ts[0],
             t1=ts[-1],
             ys=lax.stop_gradient(problem.unravel_all(at.ys)),
             num_iterations=solution.num_iterations,
             sequential_evaluations=solution.span,
+            fractions=placed.fractions,
+            required_substeps=placed.required_substeps,
         )
-        dense_info = dict(dense_infos=outputs.dense_info)
-        return y1, y_error, dense_info, new_solver_state, result, at
+        if placed.is_accurate is not True:
+            too_few = okay & jnp.invert(placed.is_accurate)
+            result = RESULTS.where(too_few, RESULTS.dt_min_reached, result)
+        return SolvedWindow(ts, y1, y_error, outputs.dense_info, state, result, at)
 
     def iteration(self, problem: Discretisation) -> Iteration:
         """What solves a window."""
@@ -268,19 +324,33 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             max_iters=self.max_iters,
         )
 
+    def _solve_from(
+        self, problem: Discretisation, guess: Iterate, max_iters: IntScalarLike | None
+    ) -> JointSolution:
+        if self.guess.is_solution(problem):
+            return known_solution(*self.guess(problem, None))
+        iteration = self.iteration(problem)
+        if max_iters is not None:
+            max_iters = jnp.minimum(max_iters, iteration.limit(guess))
+            iteration = dataclasses.replace(iteration, max_iters=max_iters)
+        return iteration.run(guess)
+
     def first_guess(
         self, problem: Discretisation, solver_state: DeerState | None
-    ) -> tuple[Iterate, Int[Array, ""]]:
+    ) -> tuple[Iterate, IntScalarLike]:
         """What that begins with, and how many evaluations followed one another."""
+        window = problem.window
+        if self.guess.is_solution(problem):
+            # Anything will do, as no guess is needed.
+            shape = (problem.substeps, window.y0.size)
+            return window.interpolated(jnp.broadcast_to(window.y0[None], shape)), 0
 
         def cold():
             guess, span = self.guess(problem, solver_state)
             self._check_guess(guess, problem)
             return guess, jnp.asarray(span, jnp.int32)
 
-        if self.guess.is_solution(problem):
-            return cold()
-        elif solver_state is None:
+        if solver_state is None:
             guess, span = cold()
         else:
             ts = problem.ts
@@ -288,10 +358,10 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
             def warm():
                 ys = problem.ravel_all(solver_state.ys)
-                return problem.window.interpolated(ys), jnp.array(0, jnp.int32)
+                return window.interpolated(ys), jnp.array(0, jnp.int32)
 
             guess, span = lax.cond(same_window, warm, cold)
-        return problem.window.finite(guess), span
+        return window.finite(guess), span
 
     def _error(
         self,
@@ -342,6 +412,28 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             f"shape and dtype. Expected a trajectory of the form\n{expected}\n"
             f"but got the state\n{solver_state}"
         )
+
+
+class SolvedWindow(eqx.Module):
+    """What a window has led to.
+
+    **Attributes:**
+
+    - `ts`: its grid.
+    - `y1`, `y_error`: the value at its end, and the estimate of its error.
+    - `dense_infos`: what the wrapped solver keeps of each substep for dense output.
+    - `state`: what is known when the next window begins.
+    - `result`: whether it has been solved.
+    - `at`: all unknowns.
+    """
+
+    ts: Real[Array, " substeps_plus_1"]
+    y1: Y
+    y_error: Y | None
+    dense_infos: DenseInfo
+    state: DeerState
+    result: RESULTS
+    at: Iterate
 
 
 DeerSolver.__init__.__doc__ = """**Arguments:**

@@ -20,6 +20,12 @@ class DeerState(eqx.Module):
     - `sequential_evaluations`: how many evaluations of the vector field, or of its
         derivative, followed one another to find it. (Of a solver that is no
         Runge--Kutta method, how many steps.) An integer.
+    - `fractions`: with [`diffrax_deer.AdaptiveGrid`][], when the substeps of the last
+        window begin and end, from 0 to 1. Of shape `(substeps + 1,)`. `None` if they
+        are equally long.
+    - `required_substeps`: with `AdaptiveGrid(rtol=..., atol=...)`, how many substeps it
+        takes to solve the last window with this tolerance. An integer. `None` if there
+        is no tolerance.
     """
 
     t0: Real[Array, ""]
@@ -27,3 +33,5 @@ class DeerState(eqx.Module):
     ys: PyTree[Array]
     num_iterations: Int[Array, ""]
     sequential_evaluations: Int[Array, ""]
+    fractions: Real[Array, " substeps_plus_1"] | None = None
+    required_substeps: Int[Array, ""] | None = None

@@ -79,7 +79,7 @@ class DeerAdjoint(AbstractAdjoint):
             and differentiated one after the other, as a sequential computation is.
             What this allocates for each window that is allowed, is about
 
-            `8 * (size + 2) * itemsize` bytes
+            `2 * (size + 8) * itemsize` bytes
 
             where `size` is that of the state, and `itemsize` is 8 in double and 4 in
             single precision.
@@ -88,7 +88,7 @@ class DeerAdjoint(AbstractAdjoint):
             Of each window, one after the other, the linearised equations are then
             solved in parallel. This takes about
 
-            `5 * points * (size * (stages + 2) + 1) * itemsize` bytes
+            `3 * points * (size * (stages + 2) + 1) * itemsize` bytes
 
             for each window that is allowed, where `points` is the number of grid points
             in a window (`substeps`, or more if windows are merged), and `stages` the
@@ -192,7 +192,7 @@ class DeerAdjoint(AbstractAdjoint):
             layout.chunk,
         )
         linearisation = None if _are_repeated(scheme) else stepper.linearisation
-        problem = Problem(scheme, times, substeps, linearisation)
+        problem = Problem(scheme, times, recording.fractions, substeps, linearisation)
         trajectory = Trajectory(problem, solution(recording.values, problem))
         tfinal, yfinal, result = trajectory.t1, trajectory.y1, final_state.result
         if event is not None:
@@ -228,7 +228,7 @@ class DeerAdjoint(AbstractAdjoint):
     def _stepper(self, solver, controller, times, event, max_steps, y0):
         if type(solver) is not DeerSolver:
             return SequentialSteps(solver, controller, self.max_window_points)
-        elif times is None:
+        elif times is None or not solver.grid.is_uniform:
             return Windows(solver, controller)
         substeps = solver.substeps
         if self.max_window_points is not None:
@@ -375,6 +375,6 @@ def _dense(final_state, trajectory, stepper, num_steps):
     return with_results(
         final_state,
         dense_ts=ts,
-        dense_infos=stepper.grouped(trajectory.dense_infos()),
+        dense_infos=stepper.grouped(trajectory.dense_infos(), problem.fractions),
         dense_save_index=num_steps,
     )

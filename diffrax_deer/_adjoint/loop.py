@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 from .._custom_types import RealScalarLike
 from .._window import Iterate, Scheme
 from .event import first_crossing
-from .stepper import AbstractStepper, MergedWindows
+from .stepper import AbstractStepper, Made, MergedWindows
 from .times import almost
 from .trajectory import Rows, Values
 
@@ -67,6 +67,7 @@ class Recording(eqx.Module):
     **Attributes:**
 
     - `t0s`, `t1s`: when each of the windows begins and ends.
+    - `fractions`: when their substeps do. `None` if these are equally long.
     - `values`: of their solution.
     - `kept`: which substeps these are about.
     - `event_substep`: in the last window, that in which an event has occurred.
@@ -74,6 +75,7 @@ class Recording(eqx.Module):
 
     t0s: Real[Array, " windows"]
     t1s: Real[Array, " windows"]
+    fractions: Real[Array, "windows size_plus_1"] | None
     values: Values
     kept: Int[Array, " kept"]
     event_substep: Int[Array, ""]
@@ -133,8 +135,11 @@ def record(
     def step(state: _State) -> _State:
         recording = state.recording
         index, made_jump = recording.num_windows, state.made_jump
-        ts = stepper.grid(index, state.tprev, state.tnext)
-        made = stepper.make(scheme, ts, state.y, state.solver_state, made_jump)
+        made = stepper.make(
+            *(scheme, index, state.tprev, state.tnext, state.y),
+            *(state.solver_state, made_jump),
+        )
+        ts = made.ts
         y_error = jtu.tree_map(
             lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), made.y_error
         )
@@ -168,9 +173,7 @@ def record(
             occurred = is_good & occurred
             substep = jnp.where(occurred, event_substep, substep)
             recording = _replace(recording, had_event=occurred, event_mask=mask)
-        recording = _keep(
-            recording, layout, is_good, ts, scheme, state.y, made, substep
-        )
+        recording = _keep(recording, layout, is_good, scheme, state.y, made, substep)
         if max_windows is None or layout.max_windows < max_windows:
             is_full = (recording.num_windows >= layout.max_windows) & (tprev < t1)
             is_full = is_full & jnp.invert(recording.had_event)
@@ -212,7 +215,7 @@ def record(
         num_steps=zero,
         num_accepted_steps=zero,
         progress_meter_state=init_state.progress_meter_state,
-        recording=_nothing(layout, scheme, init_state),
+        recording=_nothing(layout, scheme, init_state, stepper.is_uniform),
     )
     state = eqxi.while_loop(
         is_unfinished,
@@ -281,10 +284,11 @@ def _made_jump(controller, controller_state, error_order, scheme, init_state):
     return jnp.asarray(init_state.made_jump)
 
 
-def _nothing(layout, scheme, init_state) -> Recording:
+def _nothing(layout, scheme, init_state, is_uniform) -> Recording:
     t, y = jnp.asarray(init_state.tprev), scheme.ravel(init_state.y)
     zero, false = jnp.array(0, jnp.int32), jnp.array(False)
     ts = jnp.zeros(layout.max_windows, t.dtype)
+    fractions = jnp.zeros((layout.max_windows, layout.window_size + 1), t.dtype)
     rows = lambda *shape: jnp.zeros((*shape, y.size), y.dtype)
     kept, stages = layout.max_kept, scheme.stage_shape
     values = Values(
@@ -295,6 +299,7 @@ def _nothing(layout, scheme, init_state) -> Recording:
     return Recording(
         t0s=ts,
         t1s=ts,
+        fractions=None if is_uniform else fractions,
         values=values,
         kept=jnp.full(kept, layout.max_substeps, jnp.int32),
         event_substep=zero,
@@ -312,15 +317,16 @@ def _nothing(layout, scheme, init_state) -> Recording:
 
 def _buffers(recording):
     values = recording.values
-    return recording.t0s, recording.t1s, values.chunks, values.kept, recording.kept
+    times = recording.t0s, recording.t1s, recording.fractions
+    return *times, values.chunks, values.kept, recording.kept
 
 
 def _keep(
-    recording: Recording, layout: Layout, is_good, ts, scheme, y0, made, substep
+    recording: Recording, layout: Layout, is_good, scheme, y0, made: Made, substep
 ) -> Recording:
     """Keeps what is needed of a window, if it is good."""
     set_at = lambda x, i, value: eqxi.buffer_at_set(x, i, value, pred=is_good)
-    window, size = recording.num_windows, layout.window_size
+    ts, window, size = made.ts, recording.num_windows, layout.window_size
     first = window * size
     of_all = first + jnp.arange(size, dtype=jnp.int32)
     starts = jnp.concatenate([scheme.ravel(y0)[None], made.at.ys[:-1]])
@@ -369,6 +375,8 @@ def _keep(
         max_window_iterations=most,
         span=recording.span + made.span,
     )
+    if made.fractions is not None:
+        new["fractions"] = set_at(recording.fractions, window, made.fractions)
     return _replace(recording, **new)
 
 

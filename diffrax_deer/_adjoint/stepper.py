@@ -15,7 +15,7 @@ from jaxtyping import Array, Int, PyTree, Real
 from .._custom_types import IntScalarLike
 from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, AutoScan
-from .._solver import DeerSolver
+from .._solver import DeerSolver, SolvedWindow
 from .._state import DeerState
 from .._window import Iterate, Scheme, uniform_grid
 from .times import advance, KnownTimes
@@ -28,8 +28,11 @@ _STAGES_IN_CHUNK = 32
 
 
 class Made(eqx.Module):
-    """What an attempt at a window has led to."""
+    """What an attempt at a window has led to. `fractions` are `None` if all steps of
+    `solver` are divided equally."""
 
+    ts: Real[Array, " size_plus_1"]
+    fractions: Real[Array, " size_plus_1"] | None
     y1: PyTree[Array]
     y_error: PyTree[Array] | None
     at: Iterate
@@ -91,24 +94,29 @@ class AbstractStepper(eqx.Module):
         """What to begin with, where Diffrax would begin with these."""
 
     @abc.abstractmethod
-    def grid(
-        self, index: IntScalarLike, t0: Real[Array, ""], t1: Real[Array, ""]
-    ) -> Real[Array, " size_plus_1"]:
-        """Where the substeps of the window with this index begin and end."""
-
-    @abc.abstractmethod
     def make(
         self,
         scheme: Scheme,
-        ts: Real[Array, " size_plus_1"],
+        index: IntScalarLike,
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
         y0: PyTree[Array],
         solver_state: Any,
         made_jump: Any,
     ) -> Made:
-        """Attempts the window over this grid."""
+        """Attempts the window with this index."""
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all steps of `solver` are divided into substeps of equal length."""
+        return True
 
     @abc.abstractmethod
-    def grouped(self, dense_infos: PyTree[Array]) -> PyTree[Array]:
+    def grouped(
+        self,
+        dense_infos: PyTree[Array],
+        fractions: Real[Array, "windows substeps_plus_1"] | None,
+    ) -> PyTree[Array]:
         """What Diffrax calls the dense information, given that of all substeps."""
 
 
@@ -151,20 +159,18 @@ class SequentialSteps(AbstractStepper):
     def init(self, solver_state, controller_state, tnext):
         return solver_state, controller_state, tnext
 
-    def grid(self, index, t0, t1) -> Real[Array, "2"]:
+    def make(self, scheme, index, t0, t1, y0, solver_state, made_jump) -> Made:
         del index
-        return jnp.stack([t0, t1])
-
-    def make(self, scheme, ts, y0, solver_state, made_jump) -> Made:
-        t0, t1 = ts
         y1, y_error, dense_info, state, result = self.solver.step(
             scheme.terms, t0, t1, y0, scheme.args, solver_state, made_jump
         )
         ks = scheme.stages(t0, t1, y0, y1, dense_info)
         at = Iterate(scheme.ravel(y1)[None], ks[None])
-        return Made(y1, y_error, at, state, result, 0, scheme.span)
+        ts = jnp.stack([t0, t1])
+        return Made(ts, None, y1, y_error, at, state, result, 0, scheme.span)
 
-    def grouped(self, dense_infos):
+    def grouped(self, dense_infos, fractions):
+        del fractions
         return dense_infos
 
 
@@ -189,12 +195,15 @@ class AbstractWindows(AbstractStepper):
         del scheme, max_windows
         return self.size
 
-    def grouped(self, dense_infos):
+    def grouped(self, dense_infos, fractions):
         def split(x):
             number = len(x) // self.substeps
             return x.reshape(number, self.substeps, *x.shape[1:])
 
-        return dict(dense_infos=jtu.tree_map(split, dense_infos))
+        dense_info = dict(dense_infos=jtu.tree_map(split, dense_infos))
+        return (
+            dense_info if fractions is None else dense_info | dict(fractions=fractions)
+        )
 
 
 class Windows(AbstractWindows):
@@ -214,13 +223,16 @@ class Windows(AbstractWindows):
     def init(self, solver_state, controller_state, tnext):
         return solver_state, controller_state, tnext
 
-    def grid(self, index, t0, t1) -> Real[Array, " size_plus_1"]:
-        del index
-        return uniform_grid(t0, t1, self.substeps)
+    def make(self, scheme, index, t0, t1, y0, solver_state, made_jump) -> Made:
+        del index, made_jump
+        solved = self.solver.solve_window(
+            scheme.terms, t0, t1, y0, scheme.args, solver_state
+        )
+        return _made(solved)
 
-    def make(self, scheme, ts, y0, solver_state, made_jump) -> Made:
-        del made_jump
-        return _make_window(self.solver, scheme, ts, y0, solver_state)
+    @property
+    def is_uniform(self) -> bool:
+        return self.solver.grid.is_uniform
 
 
 class MergedWindows(AbstractWindows):
@@ -248,18 +260,15 @@ class MergedWindows(AbstractWindows):
         one = jnp.array(1, jnp.int32)
         return solver_state, one, self.times.starts(self.steps * one)
 
-    def grid(self, index, t0, t1) -> Real[Array, " size_plus_1"]:
-        del t0
+    def make(self, scheme, index, t0, t1, y0, solver_state, made_jump) -> Made:
+        del t0, solver_state, made_jump
         steps = jnp.arange(self.steps + 1, dtype=jnp.int32)
         ts = self.times.starts(jnp.asarray(index) * self.steps + steps)
         grid = eqx.filter_vmap(uniform_grid, in_axes=(0, 0, None))(
             ts[:-1], ts[1:], self.substeps
         )
-        return jnp.append(grid[:, :-1].reshape(-1), t1)
-
-    def make(self, scheme, ts, y0, solver_state, made_jump) -> Made:
-        del solver_state, made_jump
-        return _make_window(self.solver, scheme, ts, y0, None)
+        grid = jnp.append(grid[:, :-1].reshape(-1), t1)
+        return _made(self.solver.solve_on(scheme.terms, grid, y0, scheme.args))
 
     def unmerged(
         self, init_state: Any, solver_state: DeerState, num_steps: Int[Array, ""]
@@ -287,12 +296,12 @@ class MergedWindows(AbstractWindows):
         return new_state, advance(times.controller, times.controller_state, num_steps)
 
 
-def _make_window(solver, scheme, ts, y0, solver_state) -> Made:
-    y1, y_error, _, state, result, at = solver.solve_window(
-        scheme.terms, ts, y0, scheme.args, solver_state
+def _made(solved: SolvedWindow) -> Made:
+    state = solved.state
+    return Made(
+        *(solved.ts, state.fractions, solved.y1, solved.y_error, solved.at, state),
+        *(solved.result, state.num_iterations, state.sequential_evaluations),
     )
-    span = state.sequential_evaluations
-    return Made(y1, y_error, at, state, result, state.num_iterations, span)
 
 
 class _KnownWindows(eqx.Module):

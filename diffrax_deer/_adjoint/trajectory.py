@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree, Real
 from .._implicit import implicit_solution, with_zeros
 from .._method import AbstractMethod
 from .._scan import AbstractScan
-from .._window import Discretisation, grid_time, Iterate, Scheme
+from .._window import Discretisation, grid_time, Iterate, Scheme, time_at
 from .times import AbstractTimes
 
 
@@ -87,6 +87,7 @@ class Problem(eqx.Module):
 
     - `scheme`: the differential equation and the solver.
     - `times`: when its steps begin and end.
+    - `fractions`: when the substeps of steps end. `None` if they are equally long.
     - `substeps`: which of them there are.
     - `linearisation`: how substeps are differentiated if they have been kept, or
         `None` if they are made again.
@@ -94,6 +95,7 @@ class Problem(eqx.Module):
 
     scheme: Scheme
     times: AbstractTimes
+    fractions: Real[Array, "steps substeps_plus_1"] | None
     substeps: Substeps
     linearisation: tuple[AbstractMethod, AbstractScan] | None
 
@@ -102,7 +104,10 @@ class Problem(eqx.Module):
         n = self.substeps.per_step
         step, substep = jnp.divmod(jnp.minimum(index, self.substeps.last), n)
         t0, t1 = self.times(step)
-        if n > 1:
+        if self.fractions is not None:
+            fractions = (self.fractions[step, i] for i in (substep, substep + 1))
+            t0, t1 = (time_at(t0, t1, fraction) for fraction in fractions)
+        elif n > 1:
             t0, t1 = (grid_time(t0, t1, n, i) for i in (substep, substep + 1))
         return jnp.where(index < self.substeps.number, t0, t1), t1
 
@@ -221,7 +226,8 @@ def _(primals, tangents, *, is_kept):
 
 def _of_chunks(values: Values, substeps: Substeps, is_kept: bool):
     """What of the values each of the chunks is found from."""
-    split = lambda x: x.reshape(-1, substeps.per_chunk, *x.shape[1:])
+    number = len(values.chunks)
+    split = lambda x: x.reshape(number, substeps.per_chunk, *x.shape[1:])
     return values.chunks, jtu.tree_map(split, values.kept.at) if is_kept else None
 
 

@@ -44,7 +44,10 @@ class ExtrapolationGuess(AbstractGuess):
             # previous window. Relative to their distance, the new ones are close.
             index = (substeps - 1) * jnp.arange(degree + 1, dtype=jnp.int32)
             index = index // max(degree, 1)
-            nodes = (index + 1) / substeps
+            if previous.fractions is None:
+                nodes = (index + 1) / substeps
+            else:
+                nodes = previous.fractions[index + 1]
             xs = 1 + (problem.ts[1:] - previous.t1) / (previous.t1 - previous.t0)
             others = jnp.invert(jnp.eye(degree + 1, dtype=bool))
             distances = jnp.where(others, nodes[:, None] - nodes[None], 1)[None]

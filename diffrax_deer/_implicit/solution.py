@@ -10,8 +10,7 @@ import jax.tree_util as jtu
 from diffrax import RESULTS
 from jaxtyping import Array, PyTree
 
-from .._custom_types import IntScalarLike
-from .._iterate import Iteration, JointSolution, known_solution
+from .._iterate import Iteration, JointSolution
 from .._method import AbstractMethod
 from .._scan import AbstractScan
 from .._window import AbstractWindow, Iterate
@@ -70,29 +69,16 @@ def without_gradient(fn: Callable[[], _T]) -> _T:
     return eqx.combine(lax.stop_gradient(dynamic), static)()
 
 
-def joint_solve(
-    iteration: Iteration,
-    guess: Callable[[], tuple[Iterate, IntScalarLike]],
-    is_solution: bool = False,
-) -> JointSolution:
-    """Solves a window. The guess comes with its span, and may be the solution already.
+def with_derivative(solution: JointSolution, iteration: Iteration) -> JointSolution:
+    """The solution of a window, as a function of all that the window consists of.
 
-    The solution can be differentiated with respect to all that the window consists of,
-    in forward and in reverse mode and more than once. Its derivative is that of the
-    equations solved: it depends neither on the guess nor on the method.
+    It can be differentiated in forward and in reverse mode and more than once. Its
+    derivative is that of the equations solved: it depends neither on the guess nor on
+    the method.
 
     If the result is not successful, then `ys` is `window.y0` throughout.
     """
     window = iteration.window
-
-    def find():
-        first, span = guess()
-        if is_solution:
-            return known_solution(first, span)
-        solution = iteration.run(first)
-        return eqx.tree_at(lambda s: s.span, solution, solution.span + span)
-
-    solution = without_gradient(find)
     okay = solution.result == RESULTS.successful
     # A window that failed is masked out by the step size controller, at the end. But
     # the zero cotangents that it gets are still multiplied with derivatives, which far

@@ -75,7 +75,7 @@ class Iteration(eqx.Module):
     rtol: RealScalarLike | None
     atol: RealScalarLike | None
     norm: Callable[[PyTree], RealScalarLike]
-    max_iters: int | None
+    max_iters: IntScalarLike | None
 
     def run(self, guess: Iterate) -> JointSolution:
         """If the result is not successful, then this is what the iteration ended with.
@@ -114,14 +114,16 @@ class Iteration(eqx.Module):
         )
 
     def goes_on(self, state: State) -> Bool[Array, ""]:
+        is_over = state.converged | state.stuck
+        return jnp.invert(is_over | (state.num_iterations >= self.limit(state.at)))
+
+    def limit(self, at: Iterate) -> IntScalarLike:
+        """How many iterations there are at most."""
         if self.max_iters is None:
             # One unknown after the other becomes exact, at least. One more to see it.
-            parts, stages = self.window.stages
-            max_iters = len(state.at.ys) * (stages + 1) + 1
-        else:
-            max_iters = self.max_iters
-        is_over = state.converged | state.stuck | (state.num_iterations >= max_iters)
-        return jnp.invert(is_over)
+            _, stages = self.window.stages
+            return len(at.ys) * (stages + 1) + 1
+        return self.max_iters
 
     def step(self, state: State) -> State:
         seen = self.look(state.at)

@@ -8,6 +8,7 @@ from .base import (
 from .discretisation import Discretisation as Discretisation
 from .interpolation import (
     grid_time as grid_time,
+    time_at as time_at,
     uniform_grid as uniform_grid,
     WindowInterpolationFactory as WindowInterpolationFactory,
 )

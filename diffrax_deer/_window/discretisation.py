@@ -9,6 +9,7 @@ from diffrax import AbstractSolver, AbstractTerm
 from jaxtyping import Array, Float, PyTree, Real
 
 from .base import AbstractWindow, Iterate
+from .interpolation import time_at
 from .one_step import Substep
 from .scheme import Scheme
 from .stages import StageWindow
@@ -59,6 +60,19 @@ class Discretisation(eqx.Module):
     @property
     def substeps(self) -> int:
         return len(self.t0s)
+
+    @property
+    def fractions(self) -> Real[Array, " substeps_plus_1"]:
+        """The grid, as fractions of the window."""
+        length = self.t1s[-1] - self.t0s[0]
+        fractions = (self.ts - self.t0s[0]) / jnp.where(length == 0, 1, length)
+        return fractions.at[-1].set(1)
+
+    def between(
+        self, fractions: Real[Array, " substeps_plus_1"]
+    ) -> Real[Array, " substeps_plus_1"]:
+        """Another grid for the same window."""
+        return time_at(self.t0s[0], self.t1s[-1], fractions)
 
     def on(
         self, ts: Real[Array, " substeps_plus_1"], solver: AbstractSolver | None = None

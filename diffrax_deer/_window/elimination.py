@@ -190,7 +190,7 @@ def weighted(
     rows = np.moveaxis(weights, 0, -2).reshape(math.prod(several), parts * stages)
     ks = ks.reshape(substeps, parts * stages, size)
     # However many stages: their weights are few.
-    sums = matmul(jnp.asarray(rows, ks.dtype), ks, small=parts * stages)
+    sums = matmul(jnp.asarray(rows[None], ks.dtype), ks, small=parts * stages)
     return sums.reshape(substeps, *several, size)
 
 

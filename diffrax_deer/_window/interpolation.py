@@ -23,10 +23,17 @@ def grid_time(
     substeps: int,
     index: Int[Array, "*#times"],
 ) -> Real[Array, "*times"]:
-    """Where some of the substeps begin."""
-    fraction = index.astype(jnp.result_type(t0)) / substeps
-    # Exact at both ends.
-    return jnp.where(index == substeps, t1, t0 + fraction * (t1 - t0))
+    """Where some of the substeps begin, if they are equally long."""
+    return time_at(t0, t1, index.astype(jnp.result_type(t0)) / substeps)
+
+
+def time_at(
+    t0: RealScalarLike | Real[Array, "*#times"],
+    t1: RealScalarLike | Real[Array, "*#times"],
+    fraction: Real[Array, "*#times"],
+) -> Real[Array, "*times"]:
+    """The time after this fraction of the window. Exact at both ends."""
+    return jnp.where(fraction == 1, t1, t0 + fraction * (t1 - t0))
 
 
 class WindowInterpolation(AbstractLocalInterpolation):
@@ -36,6 +43,8 @@ class WindowInterpolation(AbstractLocalInterpolation):
     t1: RealScalarLike
     # With a leading axis `substeps`
     dense_infos: PyTree[Array]
+    # When substeps begin and end. `None` if they are equally long.
+    fractions: Real[Array, " substeps_plus_1"] | None
     substeps: int
     interpolation_cls: Callable[..., AbstractLocalInterpolation]
 
@@ -47,17 +56,33 @@ class WindowInterpolation(AbstractLocalInterpolation):
                 jnp.subtract, self.evaluate(t1, left=left), self.evaluate(t0, left=left)
             )
         t = t0
-        # Arithmetic rather than a search, as XLA can then fuse the batched evaluation
-        # of many points. If rounding picks a neighbour instead, then that is evaluated
-        # a rounding error beyond its end.
         length = self.t1 - self.t0
         length = jnp.where(length == 0, 1, length)
-        position = self.substeps * lax.stop_gradient((t - self.t0) / length)
-        index = jnp.ceil(position) - 1 if left else jnp.floor(position)
+        fraction = lax.stop_gradient((t - self.t0) / length)
+        # If rounding picks a neighbour, then that is evaluated a rounding error beyond
+        # its end.
+        if self.fractions is None:
+            # Arithmetic rather than a search, as XLA can then fuse the batched
+            # evaluation of many points.
+            position = self.substeps * fraction
+            index = jnp.ceil(position) - 1 if left else jnp.floor(position)
+        else:
+            side = "left" if left else "right"
+            index = jnp.searchsorted(
+                self.fractions, fraction, side=side, method="scan_unrolled"
+            )
+            index = index - 1
         index = jnp.clip(index, 0, self.substeps - 1).astype(jnp.int32)
-        t0, t1 = (
-            grid_time(self.t0, self.t1, self.substeps, i) for i in (index, index + 1)
-        )
+        if self.fractions is None:
+            ends = (
+                grid_time(self.t0, self.t1, self.substeps, i)
+                for i in (index, index + 1)
+            )
+        else:
+            ends = (
+                time_at(self.t0, self.t1, self.fractions[i]) for i in (index, index + 1)
+            )
+        t0, t1 = ends
         dense_info = jtu.tree_map(lambda x: x[index], self.dense_infos)
         return self.interpolation_cls(t0=t0, t1=t1, **dense_info).evaluate(t, left=left)
 
@@ -69,11 +94,12 @@ class WindowInterpolationFactory:
     interpolation_cls: Callable[..., AbstractLocalInterpolation]
     substeps: int
 
-    def __call__(self, *, t0, t1, dense_infos) -> WindowInterpolation:
+    def __call__(self, *, t0, t1, dense_infos, fractions=None) -> WindowInterpolation:
         return WindowInterpolation(
             t0=t0,
             t1=t1,
             dense_infos=dense_infos,
+            fractions=fractions,
             substeps=self.substeps,
             interpolation_cls=self.interpolation_cls,
         )

@@ -1,0 +1,215 @@
+from typing import Any
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from diffrax import RESULTS
+from jaxtyping import Array, Bool, Float, Int, Real
+
+from .._checks import check_positive_int, check_tolerance
+from .._custom_types import RealScalarLike
+from .._iterate import JointSolution
+from .._window import Discretisation, Iterate
+from .base import AbstractGrid, Guess, Placed, Solve
+from .density import shares, spread
+
+
+# Of the error, by how much a move has to reduce it.
+_WORTHWHILE = 2.0
+# For all solves but the first one, whose guess is a solution already.
+_MAX_ITERS = 32
+# If there is no tolerance, then components are compared with their size. Those that are
+# this much smaller than the largest one do not count.
+_NEGLIGIBLE = 1e-6
+
+
+class AdaptiveGrid(AbstractGrid):
+    r"""The substeps of a window are short where the solution changes quickly, and long
+    where it does not, such that each has about the same share of the error.
+
+    The window is solved on equal substeps first. Then these move, and it is solved
+    again, from the solution at hand, which takes few iterations. This is repeated until
+    it would not pay any more, but at most `max_moves` times. So all that an adaptive
+    step size controller does in many steps that follow one another is done in parallel.
+
+    - The error of each substep is the estimate of the wrapped solver. If it has none
+        then the curvature of the solution takes its place.
+    - The lengths of neighbouring substeps differ by a factor of about 2 at most.
+    - With an adaptive step size controller, windows grow to what `substeps` well-placed
+        points can do.
+    - With a tolerance, and constant steps, the solution either is that accurate, or the
+        solve fails (with `diffrax.RESULTS.dt_min_reached`). This is judged by the
+        difference to the solution on every second point, at all of these points. How
+        many substeps it would have taken is in `solver_state.required_substeps`, if
+        asked for with `SaveAt(solver_state=True)` and `throw=False`.
+    - Derivatives are those of the wrapped solver on the final grid. That points depend
+        on the solution is not differentiated, just as Diffrax does not differentiate
+        adaptive step sizes.
+
+    !!! example
+
+        ```python
+        solver = DeerSolver(substeps=512, grid=AdaptiveGrid(rtol=1e-6, atol=1e-8))
+        sol = diffeqsolve(term, solver, t0, t1, dt0=t1 - t0, y0=y0)
+        ```
+
+    ??? cite "Reference"
+
+        Collocation on grids that are adapted to the error in this way is described in:
+
+        ```bibtex
+        @book{ascher1995numerical,
+            author={Ascher, Uri M. and Mattheij, Robert M. M. and Russell, Robert D.},
+            title={Numerical solution of boundary value problems for ordinary
+                   differential equations},
+            publisher={SIAM},
+            year={1995},
+        }
+        ```
+    """
+
+    rtol: RealScalarLike | None = None
+    atol: RealScalarLike | None = None
+    max_moves: int = eqx.field(default=4, static=True)
+
+    def __check_init__(self):
+        if self.rtol is not None:
+            check_tolerance(self.rtol, "AdaptiveGrid(rtol=...)")
+        if self.atol is not None:
+            check_tolerance(self.atol, "AdaptiveGrid(atol=...)")
+        if (self.rtol is None) != (self.atol is None):
+            raise ValueError(
+                "`AdaptiveGrid(rtol=..., atol=...)` must either both be given or both "
+                f"be left out, got rtol={self.rtol} and atol={self.atol}."
+            )
+        check_positive_int(self.max_moves, "AdaptiveGrid(max_moves=...)")
+
+    @property
+    def is_uniform(self) -> bool:
+        return False
+
+    def init(
+        self, substeps: int, dtype: Any
+    ) -> tuple[Real[Array, " substeps_plus_1"], Int[Array, ""] | None]:
+        required = None if self.rtol is None else jnp.array(substeps, jnp.int32)
+        return jnp.linspace(0, 1, substeps + 1, dtype=dtype), required
+
+    def place(self, problem: Discretisation, guess: Guess, solve: Solve) -> Placed:
+        place = lambda fractions: problem.on(problem.between(fractions))
+
+        def body(state: _State) -> _State:
+            here = place(state.next)
+            is_first = state.num_moves == 0
+            max_iters = jnp.where(is_first, jnp.iinfo(jnp.int32).max, _MAX_ITERS)
+            solution = solve(here, state.guess, max_iters)
+            okay = solution.result == RESULTS.successful
+            scale = self._scale(here, solution.at.ys)
+            fractions, gain = spread(state.next, shares(here, solution.at, scale))
+            moves = okay & (gain > _WORTHWHILE) & (state.num_moves < self.max_moves)
+            # If it has moved to where there is no solution, then back.
+            is_better = okay | is_first
+            select = lambda x, y: jtu.tree_map(
+                lambda x, y: jnp.where(is_better, x, y), x, y
+            )
+            return _State(
+                fractions=select(state.next, state.fractions),
+                solution=_add_up(select(solution, state.solution), state, solution),
+                next=fractions,
+                guess=_interpolate(here, solution.at, place(fractions)),
+                num_moves=state.num_moves + 1,
+                moves=moves,
+            )
+
+        first, span = guess(problem)
+        zero = jnp.array(0, jnp.int32)
+        nothing = JointSolution(
+            first, zero, jnp.asarray(span, jnp.int32), RESULTS.successful
+        )
+        fractions = problem.fractions
+        # A loop, in which the solve is compiled only once.
+        state = lax.while_loop(
+            lambda state: state.moves,
+            body,
+            _State(fractions, nothing, fractions, first, zero, jnp.array(True)),
+        )
+        fractions, solution = state.fractions, state.solution
+        if self.rtol is None or self.atol is None:
+            return Placed(fractions, solution, None, True)
+        here = place(fractions)
+        error, span = self._error(here, solution.at, solve)
+        solution = eqx.tree_at(lambda s: s.span, solution, solution.span + span)
+        order = here.solver.order(here.terms) or 1
+        error = error / (2**order - 1)
+        factor = jnp.where(jnp.isfinite(error), error, 2.0**order) ** (1 / order)
+        required = jnp.ceil(here.substeps * jnp.maximum(factor, 0)).astype(jnp.int32)
+        return Placed(fractions, solution, required, error <= 1)
+
+    def _scale(
+        self, problem: Discretisation, ys: Float[Array, "substeps size"]
+    ) -> Float[Array, "#substeps size"]:
+        """What the errors of all substeps are compared with."""
+        sizes = jnp.maximum(jnp.abs(problem.window.starts(ys)), jnp.abs(ys))
+        if self.rtol is None or self.atol is None:
+            sizes = jnp.max(sizes, axis=0, keepdims=True, initial=0)
+            largest = jnp.max(sizes, initial=0)
+            scale = jnp.maximum(sizes, _NEGLIGIBLE * largest)
+            return jnp.where(scale > 0, scale, 1)
+        rtol, atol = (jnp.asarray(x, ys.dtype) for x in (self.rtol, self.atol))
+        return atol + rtol * sizes
+
+    def _error(
+        self, problem: Discretisation, at: Iterate, solve: Solve
+    ) -> tuple[Real[Array, ""], Int[Array, ""]]:
+        """The difference to the solution on every second point, in units of the
+        tolerance, and what it took to find it."""
+        index = np.arange(problem.substeps, 0, -2)[::-1]
+        coarse = problem.on(problem.ts[np.concatenate([[0], index])])
+        ys = at.ys[index - 1]
+        solution = solve(coarse, coarse.window.interpolated(ys), _MAX_ITERS)
+        errors = (solution.at.ys - ys) / self._scale(coarse, ys)
+        error = jnp.max(jnp.sqrt(jnp.mean(errors**2, axis=-1)), initial=0)
+        okay = solution.result == RESULTS.successful
+        return jnp.where(okay, error, jnp.inf), solution.span
+
+
+class _State(eqx.Module):
+    # The best grid so far, and the solution on it.
+    fractions: Real[Array, " substeps_plus_1"]
+    solution: JointSolution
+    # That to solve it on next, and the guess there.
+    next: Real[Array, " substeps_plus_1"]
+    guess: Iterate
+    num_moves: Int[Array, ""]
+    moves: Bool[Array, ""]
+
+
+def _interpolate(
+    problem: Discretisation, at: Iterate, other: Discretisation
+) -> Iterate:
+    """The solution, as a guess on another grid."""
+    ys = other.ravel_all(problem.evaluate(at, other.t1s))
+    return other.window.finite(other.window.interpolated(ys))
+
+
+def _add_up(
+    best: JointSolution, state: _State, solution: JointSolution
+) -> JointSolution:
+    """The best solution, with what all of them have taken."""
+    return JointSolution(
+        at=best.at,
+        num_iterations=state.solution.num_iterations + solution.num_iterations,
+        span=state.solution.span + solution.span,
+        result=best.result,
+    )
+
+
+AdaptiveGrid.__init__.__doc__ = """**Arguments:**
+
+- `rtol`, `atol`: the error that is allowed, relative to the size of the solution and
+    absolute. Positive numbers. By default there is no tolerance: this is for adaptive
+    step size controllers, which have their own. Then the errors of the components of
+    the state count relative to the largest value that each has in the window.
+- `max_moves`: how often points may move in a window. A positive integer.
+"""
