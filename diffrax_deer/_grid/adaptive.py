@@ -18,8 +18,12 @@ from .density import shares, spread
 
 # Of the error, by how much a move has to reduce it.
 _WORTHWHILE = 2.0
-# For all solves but the first one, whose guess is a solution already.
+# For all solves but the first one, whose guess is a solution already; and on a grid of
+# every second point, which need not have a solution.
 _MAX_ITERS = 32
+_MAX_ITERS_COARSE = 16
+# Of interpolations, at most. (It may be more, but few solvers say so.)
+_ORDER = 4
 # If there is no tolerance, then components are compared with their size. Those that are
 # this much smaller than the largest one do not count.
 _NEGLIGIBLE = 1e-6
@@ -137,13 +141,8 @@ class AdaptiveGrid(AbstractGrid):
         fractions, solution = state.fractions, state.solution
         if self.rtol is None or self.atol is None:
             return Placed(fractions, solution, None, True)
-        here = place(fractions)
-        error, span = self._error(here, solution.at, solve)
+        error, required, span = self._judge(place(fractions), solution.at, solve)
         solution = eqx.tree_at(lambda s: s.span, solution, solution.span + span)
-        order = here.solver.order(here.terms) or 1
-        error = error / (2**order - 1)
-        factor = jnp.where(jnp.isfinite(error), error, 2.0**order) ** (1 / order)
-        required = jnp.ceil(here.substeps * jnp.maximum(factor, 0)).astype(jnp.int32)
         return Placed(fractions, solution, required, error <= 1)
 
     def _scale(
@@ -159,19 +158,41 @@ class AdaptiveGrid(AbstractGrid):
         rtol, atol = (jnp.asarray(x, ys.dtype) for x in (self.rtol, self.atol))
         return atol + rtol * sizes
 
-    def _error(
+    def _judge(
         self, problem: Discretisation, at: Iterate, solve: Solve
-    ) -> tuple[Real[Array, ""], Int[Array, ""]]:
-        """The difference to the solution on every second point, in units of the
-        tolerance, and what it took to find it."""
-        index = np.arange(problem.substeps, 0, -2)[::-1]
-        coarse = problem.on(problem.ts[np.concatenate([[0], index])])
-        ys = at.ys[index - 1]
-        solution = solve(coarse, coarse.window.interpolated(ys), _MAX_ITERS)
-        errors = (solution.at.ys - ys) / self._scale(coarse, ys)
-        error = jnp.max(jnp.sqrt(jnp.mean(errors**2, axis=-1)), initial=0)
+    ) -> tuple[Real[Array, ""], Int[Array, ""], Int[Array, ""]]:
+        """The error in units of the tolerance, how many substeps would be enough, and
+        the span.
+
+        On a grid of every second point, errors are larger by as much as the order says.
+        Those that it has in between, which are interpolated, may be of a lower order.
+        """
+        substeps, order = problem.substeps, problem.solver.order(problem.terms) or 1
+        among = np.arange(substeps, 0, -2)[::-1]
+        between = np.setdiff1d(np.arange(1, substeps + 1), among)
+        coarse = problem.on(problem.ts[np.concatenate([[0], among])])
+        ys, scale = at.ys[among - 1], self._scale(problem, at.ys)
+        guess = coarse.window.interpolated(ys)
+        solution = solve(coarse, guess, _MAX_ITERS_COARSE)
+
+        def size(errors, index):
+            errors = errors / scale[index - 1]
+            norms = jnp.sqrt(jnp.mean(errors**2, axis=-1))
+            return jnp.max(norms, initial=0).astype(problem.t0s.dtype)
+
+        interpolated = coarse.evaluate(solution.at, problem.ts[between])
+        interpolated = problem.scheme.ravel_all(interpolated, len(between))
+        errors = (
+            (size(solution.at.ys - ys, among), order),
+            (size(interpolated - at.ys[between - 1], between), min(order, _ORDER)),
+        )
+        # For each of the two kinds, by how much a grid is too coarse.
+        factors = jnp.stack([(error / (2**p - 1)) ** (1 / p) for error, p in errors])
         okay = solution.result == RESULTS.successful
-        return jnp.where(okay, error, jnp.inf), solution.span
+        # If not even that has a solution then nothing is known.
+        factor = jnp.where(okay, jnp.max(factors), 2.0)
+        required = jnp.ceil(substeps * factor).astype(jnp.int32)
+        return factor, jnp.maximum(required, 1), solution.span
 
 
 class _State(eqx.Module):
