@@ -142,7 +142,7 @@ def test_dense_output_takes_no_memory_for_the_grid():
     sol = _solve(solver, 5.0, None, True)
     ts = jnp.linspace(0, T, saves)
     evaluate = jax.jit(lambda sol, ts: jax.vmap(sol.evaluate)(ts))
-    memory = evaluate.lower(sol, ts).compile().memory_analysis()
+    memory: Any = evaluate.lower(sol, ts).compile().memory_analysis()
     assert memory.temp_size_in_bytes < saves * substeps * 8 / 4
 
 

@@ -1,6 +1,7 @@
 """What gets from one window to the next: a step of a solver, or many of them."""
 
 import abc
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -256,7 +257,7 @@ class MergedWindows(AbstractWindows):
         # The trajectory is not used as a guess: there is no window twice.
         longer = lambda x: jnp.zeros((self.size, *x.shape[1:]), x.dtype)
         ys = jtu.tree_map(longer, solver_state.ys)
-        solver_state = eqx.tree_at(lambda s: s.ys, solver_state, ys)
+        solver_state = dataclasses.replace(solver_state, ys=ys)
         one = jnp.array(1, jnp.int32)
         return solver_state, one, self.times.starts(self.steps * one)
 

@@ -1,6 +1,8 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -121,7 +123,12 @@ class AdaptiveGrid(AbstractGrid):
                 fractions=select(state.next, state.fractions),
                 solution=_add_up(select(solution, state.solution), state, solution),
                 next=fractions,
-                guess=_interpolate(here, solution.at, place(fractions)),
+                # In a batch, all or none.
+                guess=lax.cond(
+                    eqxi.unvmap_any(moves),
+                    lambda: _interpolate(here, solution.at, place(fractions)),
+                    lambda: state.guess,
+                ),
                 num_moves=state.num_moves + 1,
                 moves=moves,
             )
@@ -142,7 +149,7 @@ class AdaptiveGrid(AbstractGrid):
         if self.rtol is None or self.atol is None:
             return Placed(fractions, solution, None, True)
         error, required, span = self._judge(place(fractions), solution.at, solve)
-        solution = eqx.tree_at(lambda s: s.span, solution, solution.span + span)
+        solution = dataclasses.replace(solution, span=solution.span + span)
         return Placed(fractions, solution, required, error <= 1)
 
     def _scale(
