@@ -35,6 +35,9 @@ def tables(file: Path) -> str:
     if any("call" in row for row in rows):
         lines += _calls(rows, content["summary"])
         rows = []
+    if any("required" in row for row in rows):
+        lines += [_grid_summary(content["summary"]), "", _grids(rows), ""]
+        rows = []
     recurrences = [row for row in rows if "iterations" in row]
     if len(recurrences) > 0:
         lines += [_recurrences(recurrences), ""]
@@ -48,6 +51,44 @@ def tables(file: Path) -> str:
         lines += [_span_summary([x for x in summary if x["suite"].startswith(suite)])]
         lines += [""]
     return "\n".join(lines).strip()
+
+
+def _grid_summary(summary: list[dict[str, Any]]) -> str:
+    lines = [
+        "| | tolerance | solved | largest error, in tolerances | substeps, against the "
+        "steps of Tsit5 | span, shorter than that of Tsit5 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in summary:
+        times = lambda key: "" if row[key] is None else f"{row[key]:.3g} times"
+        cells = [f"`{row['name']}`", f"{row['tolerance']:.0e}"]
+        cells += [f"{row['solved']} of {row['problems']}", f"{row['worst_error']:.2g}"]
+        cells += [times("substeps_ratio"), times("shorter")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _grids(rows: list[dict[str, Any]]) -> str:
+    tols = list(dict.fromkeys(row["tolerance"] for row in rows))
+    lines = [
+        "| | | " + " | ".join(f"{tol:.0e}" for tol in tols) + " |",
+        "| --- | --- |" + " --- |" * len(tols),
+    ]
+    for problem, name in dict.fromkeys((row["problem"], row["name"]) for row in rows):
+        cells = [problem, f"`{name}`"]
+        for tol in tols:
+            [row] = [
+                row
+                for row in rows
+                if (row["problem"], row["name"], row["tolerance"])
+                == (problem, name, tol)
+            ]
+            if row["error"] is None:
+                cells.append(f"more than {row['substeps']}")
+            else:
+                cells.append(f"{row['substeps']}, span {row['span']}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _calls(rows: list[dict[str, Any]], bounds: list[dict[str, Any]]) -> list[str]:

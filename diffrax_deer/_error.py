@@ -1,12 +1,13 @@
 """The error of a window, as a step size controller sees it."""
 
-import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from diffrax import RESULTS
 from jaxtyping import Array, Float
 
-from ._iterate import Iteration
+from ._iterate import JointSolution
 from ._window import AbstractWindow, Discretisation, Iterate
 
 
@@ -39,18 +40,26 @@ def accumulated_error(
 
 
 def error_by_halving(
-    problem: Discretisation, iteration: Iteration, at: Iterate
+    problem: Discretisation, at: Iterate, solve: Callable[..., JointSolution]
 ) -> Float[Array, " size"]:
     """The difference to the solution on a grid of half as many substeps, which is an
     estimate of the full order of the solver. Infinite if that cannot be found.
 
     If it is not used, as with constant steps, then XLA leaves it away.
     """
-    coarse = problem.on(problem.ts[::2])
-    iteration = dataclasses.replace(
-        iteration, window=coarse.window, max_iters=_MAX_ITERS
-    )
-    guess = coarse.window.interpolated(at.ys[1::2])
-    solution = iteration.run(guess)
+    _, _, solution = halve(problem, at, solve)
     difference = jnp.abs(at.ys[-1] - solution.at.ys[-1])
     return jnp.where(solution.result == RESULTS.successful, difference, jnp.inf)
+
+
+def halve(
+    problem: Discretisation, at: Iterate, solve: Callable[..., JointSolution]
+) -> tuple[Discretisation, np.ndarray, JointSolution]:
+    """The window on a grid of every second point, which points these are, and the
+    solution there, given that on all of them. `solve` is a function
+    `(problem, guess, max_iters) -> solution`."""
+    # The first substep stays as it is if their number is odd.
+    among = np.append(0, np.arange(problem.substeps, 0, -2)[::-1])
+    coarse = problem.on(problem.ts[among])
+    guess = coarse.window.interpolated(at.ys[among[1:] - 1])
+    return coarse, among, solve(coarse, guess, _MAX_ITERS)

@@ -54,8 +54,8 @@ from ._window import (
 class DeerSolver(AbstractWrappedSolver[DeerState]):
     r"""Solves many steps of another solver jointly, in parallel over time.
 
-    Each step of `DeerSolver` is a *window*: it is split into `substeps` equal parts,
-    over which the wrapped solver makes one step each. All of these are found at once,
+    Each step of `DeerSolver` is a *window*: it is split into `substeps` parts, over
+    which the wrapped solver makes one step each. All of these are found at once,
     by an iteration whose every pass evaluates the vector field at all of them in
     parallel, and solves a linear recurrence between them. If the wrapped solver is a
     Runge--Kutta method, explicit or implicit, then this goes for all of its stages: a
@@ -370,7 +370,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         y_errors: PyTree[Array] | None,
     ) -> Float[Array, " size"] | None:
         if self._estimates_by_halving:
-            return error_by_halving(problem, self.iteration(problem), solution.at)
+            return error_by_halving(problem, solution.at, self._solve_from)
         elif y_errors is None:
             return None
         else:
@@ -451,6 +451,8 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     the computation is going to run. If the `solver_state` passed to `diffeqsolve` is
     that of a window from exactly the same `t0` to exactly the same `t1`, then its
     trajectory is the first guess instead.
+- `grid`: where the substeps of each window begin and end. Either
+    [`diffrax_deer.UniformGrid`][], the default, or [`diffrax_deer.AdaptiveGrid`][].
 - `rtol`, `atol`: the iteration ends once the trajectory, stages included, is as close
     to that of the wrapped solver as a tenth of `atol + rtol * abs(value)`, judging by
     how quickly it converges. This has nothing to do with the accuracy of the wrapped

@@ -12,18 +12,17 @@ from jaxtyping import Array, Bool, Float, Int, Real
 
 from .._checks import check_positive_int, check_tolerance
 from .._custom_types import RealScalarLike
+from .._error import halve
 from .._iterate import JointSolution
 from .._window import Discretisation, Iterate
 from .base import AbstractGrid, Guess, Placed, Solve
-from .density import shares, spread
+from .density import rms, shares, spread
 
 
 # Of the error, by how much a move has to reduce it.
 _WORTHWHILE = 2.0
-# For all solves but the first one, whose guess is a solution already; and on a grid of
-# every second point, which need not have a solution.
+# For all solves but the first one, whose guess is a solution already.
 _MAX_ITERS = 32
-_MAX_ITERS_COARSE = 16
 # Of interpolations, at most. (It may be more, but few solvers say so.)
 _ORDER = 4
 # If there is no tolerance, then components are compared with their size. Those that are
@@ -99,8 +98,16 @@ class AdaptiveGrid(AbstractGrid):
     def init(
         self, substeps: int, dtype: Any
     ) -> tuple[Real[Array, " substeps_plus_1"], Int[Array, ""] | None]:
-        required = None if self.rtol is None else jnp.array(substeps, jnp.int32)
-        return jnp.linspace(0, 1, substeps + 1, dtype=dtype), required
+        fractions = jnp.linspace(0, 1, substeps + 1, dtype=dtype)
+        if self.rtol is None:
+            return fractions, None
+        if substeps == 1:
+            raise ValueError(
+                "`DeerSolver(substeps=1, grid=AdaptiveGrid(rtol=..., atol=...))` "
+                "cannot tell how accurate it is. Use more `substeps`, or leave out "
+                "`rtol` and `atol`."
+            )
+        return fractions, jnp.array(substeps, jnp.int32)
 
     def place(self, problem: Discretisation, guess: Guess, solve: Solve) -> Placed:
         place = lambda fractions: problem.on(problem.between(fractions))
@@ -148,9 +155,9 @@ class AdaptiveGrid(AbstractGrid):
         fractions, solution = state.fractions, state.solution
         if self.rtol is None or self.atol is None:
             return Placed(fractions, solution, None, True)
-        error, required, span = self._judge(place(fractions), solution.at, solve)
+        factor, required, span = self._judge(place(fractions), solution.at, solve)
         solution = dataclasses.replace(solution, span=solution.span + span)
-        return Placed(fractions, solution, required, error <= 1)
+        return Placed(fractions, solution, required, factor <= 1)
 
     def _scale(
         self, problem: Discretisation, ys: Float[Array, "substeps size"]
@@ -168,29 +175,25 @@ class AdaptiveGrid(AbstractGrid):
     def _judge(
         self, problem: Discretisation, at: Iterate, solve: Solve
     ) -> tuple[Real[Array, ""], Int[Array, ""], Int[Array, ""]]:
-        """The error in units of the tolerance, how many substeps would be enough, and
+        """How many times too coarse the grid is, how many substeps would be enough, and
         the span.
 
         On a grid of every second point, errors are larger by as much as the order says.
         Those that it has in between, which are interpolated, may be of a lower order.
         """
-        substeps, order = problem.substeps, problem.solver.order(problem.terms) or 1
-        among = np.arange(substeps, 0, -2)[::-1]
+        substeps, order = problem.substeps, _order(problem)
+        coarse, among, solution = halve(problem, at, solve)
         between = np.setdiff1d(np.arange(1, substeps + 1), among)
-        coarse = problem.on(problem.ts[np.concatenate([[0], among])])
-        ys, scale = at.ys[among - 1], self._scale(problem, at.ys)
-        guess = coarse.window.interpolated(ys)
-        solution = solve(coarse, guess, _MAX_ITERS_COARSE)
+        among, scale = among[1:], self._scale(problem, at.ys)
 
         def size(errors, index):
-            errors = errors / scale[index - 1]
-            norms = jnp.sqrt(jnp.mean(errors**2, axis=-1))
+            norms = rms(errors / scale[index - 1])
             return jnp.max(norms, initial=0).astype(problem.t0s.dtype)
 
         interpolated = coarse.evaluate(solution.at, problem.ts[between])
         interpolated = problem.scheme.ravel_all(interpolated, len(between))
         errors = (
-            (size(solution.at.ys - ys, among), order),
+            (size(solution.at.ys - at.ys[among - 1], among), order),
             (size(interpolated - at.ys[between - 1], between), min(order, _ORDER)),
         )
         # For each of the two kinds, by how much a grid is too coarse.
@@ -219,6 +222,12 @@ def _interpolate(
     """The solution, as a guess on another grid."""
     ys = other.ravel_all(problem.evaluate(at, other.t1s))
     return other.window.finite(other.window.interpolated(ys))
+
+
+def _order(problem: Discretisation) -> RealScalarLike:
+    order = problem.solver.order(problem.terms)
+    order = problem.solver.strong_order(problem.terms) if order is None else order
+    return 1 if order is None else order
 
 
 def _add_up(

@@ -47,8 +47,13 @@ def shares(
         none = jnp.zeros_like(slopes[:1])
         bend = jnp.concatenate([none, bend]) + jnp.concatenate([bend, none])
         errors = bend * lengths / 2
-    size = jnp.sqrt(jnp.mean(errors**2, axis=-1))
-    return Shares(size.astype(problem.t0s.dtype) ** (1 / order), float(order))
+    sizes = rms(errors).astype(problem.t0s.dtype)
+    return Shares(sizes ** (1 / order), float(order))
+
+
+def rms(errors: Float[Array, "substeps size"]) -> Float[Array, " substeps"]:
+    """As by default in Diffrax, the root of the mean square."""
+    return jnp.sqrt(jnp.sum(errors**2, axis=-1) / max(errors.shape[-1], 1))
 
 
 def spread(
