@@ -5,6 +5,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optimistix as optx
 import pytest
 from diffrax import ODETerm, RESULTS
 from diffrax_deer import (
@@ -12,6 +13,8 @@ from diffrax_deer import (
     ConstantGuess,
     DeerAdjoint,
     DeerSolver,
+    diagnose,
+    ExtrapolationGuess,
     GaussLegendre,
     UniformGrid,
 )
@@ -270,6 +273,42 @@ def test_windows():
     many = num_steps(UniformGrid(), adjoint)
     assert 2 * num_steps(AdaptiveGrid(), adjoint) <= many
     assert 2 * num_steps(AdaptiveGrid(), DeerAdjoint()) <= many
+
+
+def test_event(true):
+    # With `DeerAdjoint`, in whichever substep it is.
+    sol = diffeqsolve(
+        *(ODETerm(van_der_pol), _solver(diffrax.Tsit5(), 256, AdaptiveGrid(), None)),
+        *(0.0, T, T, Y0, 5.0),
+        event=diffrax.Event(
+            lambda t, y, args, **kwargs: y[0] + 1, optx.Newton(1e-10, 1e-10)
+        ),
+        adjoint=DeerAdjoint(),
+        max_steps=1,
+    )
+    index = jnp.argmax(true[:, 0] < -1)
+    ts = jnp.linspace(0, T, 101)
+    assert ts[index - 1] < sol.ts[0] < ts[index]
+    assert max_error(sol.ys[0, 0], -1.0) < 1e-8
+
+
+def test_extrapolation():
+    # Windows follow one another, each on a grid of its own.
+    def solve(guess):
+        solver = _solver(GaussLegendre(4), 32, AdaptiveGrid(), guess)
+        return diffeqsolve(
+            *(ODETerm(van_der_pol), solver, 0.0, T, 0.1, Y0, 2.0),
+            stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-6),
+        ).ys
+
+    constant, extrapolated = solve(ConstantGuess()), solve(ExtrapolationGuess())
+    assert max_error(constant, extrapolated) < 1e-6
+
+
+def test_diagnose():
+    solver = _solver(GaussLegendre(4), 64, AdaptiveGrid(), ConstantGuess())
+    report = diagnose(ODETerm(van_der_pol), solver, 0.0, T, T, Y0, 2.0)
+    assert "1 of 64 substeps" in str(report)
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))

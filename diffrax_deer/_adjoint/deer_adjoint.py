@@ -288,9 +288,10 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
     `diffeqsolve(..., max_steps=...)` (or 16384 steps if that is `None`), or if that is
     less to as many as fit into 16 MiB or make 4096 grid points, whichever is more.
 - `max_window_points`: the number of grid points in a window. A positive integer. Steps
-    known in advance are merged until there are that many. Of solvers other than
-    [`diffrax_deer.DeerSolver`][], this is the number of steps through which to
-    backpropagate at once, by default 128, and on a CPU as many as have 32 stages. By
+    known in advance are merged until there are that many. (Not with
+    [`diffrax_deer.AdaptiveGrid`][], whose windows have grids of their own.) Of solvers
+    other than [`diffrax_deer.DeerSolver`][], this is the number of steps through which
+    to backpropagate at once, by default 128, and on a CPU as many as have 32 stages. By
     default steps are only merged with `DeerSolver(substeps=1)` and without an event, up
     to 16384 of them, or fewer if their Jacobians would take more than 64 MiB, and on a
     CPU up to 32.
