@@ -403,13 +403,17 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         expected = jax.eval_shape(lambda: self._zero_trajectory(y0))
         if isinstance(solver_state, DeerState):
             actual = jax.eval_shape(lambda: solver_state.ys)
-            if eqx.tree_equal(actual, expected) is True:
+            of_grid = self.grid.init(self.substeps, jnp.result_type(solver_state.t0))
+            is_same_grid = jtu.tree_structure(of_grid) == jtu.tree_structure(
+                (solver_state.fractions, solver_state.required_substeps)
+            )
+            if eqx.tree_equal(actual, expected) is True and is_same_grid:
                 return
         raise ValueError(
             "`diffeqsolve(..., solver_state=...)` does not belong to this solve. "
             "`DeerSolver` needs a state saved with `SaveAt(solver_state=True)` by a "
-            "`DeerSolver` with the same number of `substeps`, for a `y0` of the same "
-            f"shape and dtype. Expected a trajectory of the form\n{expected}\n"
+            "`DeerSolver` with the same number of `substeps` and the same kind of `grid`, "
+            f"for a `y0` of the same shape and dtype. Expected a trajectory of the form\n{expected}\n"
             f"but got the state\n{solver_state}"
         )
 

@@ -257,6 +257,9 @@ def test_warm_start():
     assert max_error(first.ys, again.ys) < 1e-8
     assert max_error(states[0].fractions, states[1].fractions) < 1e-12
     assert states[1].num_iterations <= 3 < states[0].num_iterations
+    solver = _solver(GaussLegendre(4), 128, UniformGrid(), None)
+    with pytest.raises(ValueError, match="the same kind of `grid`"):
+        solve(states[0])
 
 
 def test_windows():
