@@ -412,8 +412,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         raise ValueError(
             "`diffeqsolve(..., solver_state=...)` does not belong to this solve. "
             "`DeerSolver` needs a state saved with `SaveAt(solver_state=True)` by a "
-            "`DeerSolver` with the same number of `substeps` and the same kind of `grid`, "
-            f"for a `y0` of the same shape and dtype. Expected a trajectory of the form\n{expected}\n"
+            "`DeerSolver` with the same number of `substeps` and the same kind of "
+            "`grid`, for a `y0` of the same shape and dtype. Expected a trajectory of "
+            f"the form\n{expected}\n"
             f"but got the state\n{solver_state}"
         )
 
