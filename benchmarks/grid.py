@@ -35,9 +35,13 @@ jax.config.update("jax_enable_x64", True)
 
 TOLERANCES = (1e-4, 1e-6, 1e-8)
 SUBSTEPS = (32, 64, 128, 256, 512, 1024, 2048)
+# With so many numbers in a trajectory, at most.
+MAX_NUMBERS = 2**13
 # Of Tsit5, finely enough to find the one with the same error.
 TOLERANCES_OF_TSIT5 = 10 ** np.arange(-2.0, -11.5, -0.5)
 SAVES = 201
+# More than this is not worth while.
+MAX_ITERS = 256
 BY_TSIT5, BY_GAUSS = "DeerSolver(Tsit5())", "DeerSolver(GaussLegendre(4))"
 BY_KVAERNO = "DeerSolver(Kvaerno5())"
 
@@ -131,19 +135,20 @@ def tsit5(problem: span.Problem):
 def one_window(problem: span.Problem, wrapped: dfx.AbstractSolver, substeps: int):
     def make(tol):
         grid = AdaptiveGrid(rtol=tol, atol=tol)
-        solver = DeerSolver(wrapped, substeps, guess=ConstantGuess(), grid=grid)
+        options: Any = dict(grid=grid, guess=ConstantGuess(), max_iters=MAX_ITERS)
+        solver = DeerSolver(wrapped, substeps, **options)
         return dict(solver=solver, dt0=problem[1], max_steps=1)
 
     return _solver(problem, make, substeps)
 
 
-def true_values(problem: span.Problem, solver: dfx.AbstractSolver):
+def true_values(problem: span.Problem, solver: dfx.AbstractSolver, tol: float):
     def make(tol):
         controller = dfx.PIDController(rtol=tol, atol=tol)
         solver_and_steps = dict(solver=solver, dt0=1e-3, max_steps=10**6)
         return dict(solver_and_steps, stepsize_controller=controller)
 
-    (ys, *_), _ = _solver(problem, make, None)(1e-13)
+    (ys, *_), _ = _solver(problem, make, None)(tol)
     return np.asarray(ys)
 
 
@@ -170,11 +175,12 @@ def rows_of(name, problem, true, wrapped, progress) -> list[study.Row]:
         progress.update()
     for label, solver in wrapped.items():
         left = list(TOLERANCES)
-        for substeps in SUBSTEPS:
+        choice = [n for n in SUBSTEPS if n * len(problem[2]) <= MAX_NUMBERS]
+        for substeps in choice:
             solve = one_window(problem, solver, substeps)
             for tol in list(left):
                 (ys, _, okay, required), count = solve(tol)
-                if not okay and substeps != SUBSTEPS[-1]:
+                if not okay and substeps != choice[-1]:
                     continue
                 left.remove(tol)
                 row = dict(problem=name, name=label, tolerance=tol, substeps=substeps)
@@ -273,15 +279,15 @@ def draw(panels: list[Axes]) -> None:
 def main() -> None:
     args = study.arguments(__doc__)
     study.figure(args.figure, (1, 3), draw)
-    rows = []
+    rows: list[study.Row] = []
     with tqdm(unit="compilation") as progress:
         for name, problem in problems().items():
-            true = true_values(problem, dfx.Dopri8())
+            true = true_values(problem, dfx.Dopri8(), 1e-13)
             wrapped = {BY_TSIT5: dfx.Tsit5(), BY_GAUSS: GaussLegendre(4)}
             rows += rows_of(name, problem, true, wrapped, progress)
             study.save(args, rows, summary=summary(rows))
         for name, problem in stiff_problems().items():
-            true = true_values(problem, dfx.Kvaerno5())
+            true = true_values(problem, dfx.Kvaerno5(), 1e-10)
             tol = 1e-10
             finder = dfx.VeryChord(rtol=tol, atol=tol)
             wrapped = {BY_KVAERNO: dfx.Kvaerno5(root_finder=finder)}

@@ -60,6 +60,9 @@ class Report:
     - `fronts`: of each window, at the same moments, how many substeps had been solved,
         counting from its beginning: those before the first residual above the
         tolerance.
+    - `fractions`: when the substeps of each window begin and end, from 0 to 1.
+    - `required_substeps`: how many substeps it takes, in each window, to be as accurate
+        as `AdaptiveGrid(rtol=..., atol=...)` asks for. `None` if nothing is asked for.
     - `lyapunov`: an estimate of the largest Lyapunov exponent, the rate (in one unit of
         time) at which nearby solutions diverge, or if negative converge. NaN if there
         is nothing to estimate it from.
@@ -79,6 +82,8 @@ class Report:
     sequential_evaluations: np.ndarray
     residuals: list[np.ndarray]
     fronts: list[np.ndarray]
+    fractions: np.ndarray
+    required_substeps: int | None
     lyapunov: float
     memory: int | None
     # What was asked for: over how long a time, and who chose the windows.
@@ -136,14 +141,17 @@ class Report:
             1, 2, figsize=(9, 3.5), layout="constrained"
         )
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(self.residuals)))
-        windows = zip(self.ts[:-1], self.ts[1:], self.residuals, self.fronts, colours)
-        for t0, t1, residuals, fronts, colour in windows:
+        windows = zip(
+            *(self.ts[:-1], self.ts[1:], self.residuals, self.fronts, self.fractions),
+            colours,
+        )
+        for t0, t1, residuals, fronts, fractions, colour in windows:
             iterations = np.arange(len(residuals))
             # Neither zero nor infinity has a logarithm that can be drawn.
             shown = (residuals > 0) & np.isfinite(residuals)
             shown = np.where(shown, residuals, np.nan)
             left.semilogy(iterations, shown, ".-", color=colour)
-            times = t0 + fronts / self.solver.substeps * (t1 - t0)
+            times = t0 + fractions[fronts] * (t1 - t0)
             right.step(times, iterations, where="pre", color=colour)
             right.axvline(t1, color="0.8", linewidth=0.5, zorder=0)
         left.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -245,6 +253,10 @@ def diagnose(
         sequential_evaluations=infos["span"].astype(int),
         residuals=[x[:k] for x, k in zip(infos["residuals"], kept)],
         fronts=[x[:k].astype(int) for x, k in zip(infos["fronts"], kept)],
+        fractions=infos["fractions"],
+        required_substeps=(
+            int(np.max(infos["required"], initial=0)) if "required" in infos else None
+        ),
         lyapunov=growth / solved if solved > 0 and size > 0 else math.nan,
         memory=_memory(terms, solver, ts, y0, args),
         duration=abs(float(t1) - float(t0)),
@@ -310,14 +322,21 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         state, residuals, fronts = _observe(iteration, guess, self.history)
         growth, direction = _growth(problem.window, at, direction)
         # As floating point numbers, for Diffrax fills what it does not use with `inf`.
+        fractions = problem.fractions
+        required = solved.state.required_substeps
+        # Or it has been solved, but is not accurate enough.
+        okay = (result == RESULTS.successful) | (result == RESULTS.dt_min_reached)
         info = dict(
-            okay=(result == RESULTS.successful).astype(at.ys.dtype),
+            okay=okay.astype(at.ys.dtype),
             num_iterations=state.num_iterations.astype(at.ys.dtype),
             span=solved.state.sequential_evaluations.astype(at.ys.dtype),
             residuals=residuals,
             fronts=fronts,
             growth=growth,
+            fractions=fractions,
         )
+        if required is not None:
+            info["required"] = required.astype(at.ys.dtype)
         state = solved.state, direction
         return solved.y1, solved.y_error, info, state, result
 
@@ -396,6 +415,8 @@ def _recommended_substeps(report: Report) -> int | None:
     if len(report.num_iterations) == 0:
         return None
     substeps, most = report.solver.substeps, np.max(report.num_iterations)
+    if report.result == RESULTS.dt_min_reached and report.required_substeps is not None:
+        return report.required_substeps
     failed = report.result != RESULTS.successful
     if failed or most > 1.5 * _TARGET:
         # What has been solved in time.
@@ -417,6 +438,11 @@ def _advice(report: Report) -> list[str]:
 
     if num_substeps is None:
         advice.append("The windows are about as long as they should be.")
+    elif num_substeps == report.required_substeps:
+        advice.append(
+            "These are too few substeps for the tolerance of the `AdaptiveGrid`. Try "
+            f"`substeps={num_substeps}`."
+        )
     else:
         new = f"`substeps={num_substeps}`"
         if not report.is_adaptive:

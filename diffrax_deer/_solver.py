@@ -1,6 +1,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import KW_ONLY
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -226,7 +227,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
         del made_jump
         check_state(y0, "y0")
-        self._check_solver_state(solver_state, y0)
+        self.check_solver_state(solver_state, y0)
         solved = self.solve_window(terms, t0, t1, y0, args, solver_state)
         state = solved.state
         dense_info: DenseInfo = dict(dense_infos=solved.dense_infos)
@@ -271,7 +272,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         placed = without_gradient(
             lambda: grid.place(
                 problem,
-                lambda problem: self.first_guess(problem, solver_state),
+                lambda problem: self._start(problem, solver_state),
                 self._solve_from,
             )
         )
@@ -328,29 +329,37 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         self, problem: Discretisation, guess: Iterate, max_iters: IntScalarLike | None
     ) -> JointSolution:
         if self.guess.is_solution(problem):
-            return known_solution(*self.guess(problem, None))
+            return known_solution(*self.first_guess(problem, None))
         iteration = self.iteration(problem)
         if max_iters is not None:
             max_iters = jnp.minimum(max_iters, iteration.limit(guess))
             iteration = dataclasses.replace(iteration, max_iters=max_iters)
         return iteration.run(guess)
 
+    def _start(
+        self, problem: Discretisation, solver_state: DeerState | None
+    ) -> tuple[Iterate, IntScalarLike]:
+        if self.guess.is_solution(problem):
+            # Anything will do.
+            shape = (problem.substeps, problem.window.y0.size)
+            constant = jnp.broadcast_to(problem.window.y0[None], shape)
+            return problem.window.interpolated(constant), 0
+        return self.first_guess(problem, solver_state)
+
     def first_guess(
         self, problem: Discretisation, solver_state: DeerState | None
     ) -> tuple[Iterate, IntScalarLike]:
         """What that begins with, and how many evaluations followed one another."""
         window = problem.window
-        if self.guess.is_solution(problem):
-            # Anything will do, as no guess is needed.
-            shape = (problem.substeps, window.y0.size)
-            return window.interpolated(jnp.broadcast_to(window.y0[None], shape)), 0
 
         def cold():
             guess, span = self.guess(problem, solver_state)
             self._check_guess(guess, problem)
             return guess, jnp.asarray(span, jnp.int32)
 
-        if solver_state is None:
+        if self.guess.is_solution(problem):
+            return cold()
+        elif solver_state is None:
             guess, span = cold()
         else:
             ts = problem.ts
@@ -399,7 +408,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
         return jtu.tree_map(zeros, y0)
 
-    def _check_solver_state(self, solver_state, y0):
+    def check_solver_state(self, solver_state: Any, y0: Y) -> None:
         expected = jax.eval_shape(lambda: self._zero_trajectory(y0))
         if isinstance(solver_state, DeerState):
             actual = jax.eval_shape(lambda: solver_state.ys)
@@ -467,9 +476,9 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     defaults to `0.01 * rtol`, or to as much less as the largest value is less than 1.
 - `norm`: a function `PyTree -> Scalar` that says how large a change is, relative to the
     tolerances. It is called with an array of shape `(substeps, size of the state)`.
-- `max_iters`: the maximum number of iterations for each window. A positive integer. If
-    more would be needed then the window fails. Defaults to one more than there are
-    unknowns: `substeps`, times the number of stages plus one if the wrapped solver is a
-    Runge--Kutta method. If the wrapped solver is explicit and the solution finite, then
-    this always suffices.
+- `max_iters`: the maximum number of iterations for each window, or each time that its
+    grid moves. A positive integer. If more would be needed then the window fails.
+    Defaults to one more than there are unknowns: `substeps`, times the number of stages
+    plus one if the wrapped solver is a Runge--Kutta method. If the wrapped solver is
+    explicit and the solution finite, then this always suffices.
 """

@@ -5,6 +5,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 import pytest
 from diffrax import ODETerm, RESULTS
@@ -181,6 +182,41 @@ def test_required_substeps():
     assert solve(required + required // 4).result == RESULTS.successful
 
 
+@pytest.mark.parametrize("substeps", (120, 140, 160))
+def test_tolerance_between_the_points(substeps):
+    # What is interpolated is less accurate than what is not.
+    ts, tol = jnp.linspace(0, T, 401), 1e-9
+    grid = AdaptiveGrid(rtol=tol, atol=tol)
+    sol = diffeqsolve(
+        ODETerm(lambda t, y, args: jnp.stack([y[1], -y[0]])),
+        _solver(GaussLegendre(4), substeps, grid, ConstantGuess()),
+        *(0.0, T, T, jnp.array([1.0, 0.0])),
+        saveat=SaveAt(ts=ts),
+        max_steps=1,
+        throw=False,
+    )
+    is_accurate = max_error(sol.ys[:, 0], jnp.cos(ts)) < 2 * tol
+    assert is_accurate or sol.result == RESULTS.dt_min_reached
+
+
+@pytest.mark.parametrize("wrapped", (diffrax.Euler(), diffrax.ItoMilstein()))
+def test_random(wrapped):
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-5, (), jax.random.key(0))
+    drift = ODETerm(lambda t, y, args: -y)
+    terms = diffrax.MultiTerm(
+        drift, diffrax.ControlTerm(lambda t, y, args: 0.5 * y, path)
+    )
+    grid = AdaptiveGrid(rtol=1e-4, atol=1e-4)
+    sol = diffeqsolve(
+        *(terms, _solver(wrapped, 64, grid, None), 0.0, 1.0, 1.0, jnp.array(1.0)),
+        saveat=SaveAt(t1=True, solver_state=True),
+        max_steps=1,
+        throw=False,
+    )
+    assert sol.result == RESULTS.dt_min_reached
+    assert sol.solver_state.required_substeps > 64
+
+
 def test_nothing_to_move():
     def solve(grid):
         return diffeqsolve(
@@ -243,11 +279,12 @@ def test_batch():
 
 
 def test_warm_start():
-    def solve(solver_state):
+    def solve(solver_state, adjoint=diffrax.RecursiveCheckpointAdjoint()):
         return diffeqsolve(
             *(ODETerm(van_der_pol), solver, 0.0, T, T, Y0, 5.0),
             saveat=SaveAt(t1=True, solver_state=True),
             solver_state=solver_state,
+            adjoint=adjoint,
             max_steps=1,
         )
 
@@ -259,8 +296,9 @@ def test_warm_start():
     assert max_error(states[0].fractions, states[1].fractions) < 1e-12
     assert states[1].num_iterations <= 3 < states[0].num_iterations
     solver = _solver(GaussLegendre(4), 128, UniformGrid(), None)
-    with pytest.raises(ValueError, match="the same kind of `grid`"):
-        solve(states[0])
+    for adjoint in (diffrax.RecursiveCheckpointAdjoint(), DeerAdjoint()):
+        with pytest.raises(ValueError, match="the same kind of `grid`"):
+            solve(states[0], adjoint)
 
 
 def test_windows():
@@ -313,6 +351,16 @@ def test_diagnose():
     solver = _solver(GaussLegendre(4), 64, AdaptiveGrid(), ConstantGuess())
     report = diagnose(ODETerm(van_der_pol), solver, 0.0, T, T, Y0, 2.0)
     assert "1 of 64 substeps" in str(report)
+    lengths = np.diff(report.fractions[0])
+    assert np.max(lengths) > 1.5 * np.min(lengths)
+    report.plot()
+
+    grid = AdaptiveGrid(rtol=1e-8, atol=1e-8)
+    solver = _solver(GaussLegendre(4), 64, grid, ConstantGuess())
+    report = diagnose(ODETerm(van_der_pol), solver, 0.0, T, T, Y0, 2.0)
+    assert report.required_substeps > 64
+    assert report.recommended_substeps == report.required_substeps
+    assert "too few substeps for the tolerance" in report.advice[0]
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
@@ -320,7 +368,7 @@ def test_spread(dtype):
     uniform = jnp.linspace(0, 1, 65, dtype=dtype)
     middles = (uniform[1:] + uniform[:-1]) / 2
     density = 1 / (0.2 + jnp.abs(middles - 0.7))
-    new, gain = spread(uniform, Shares(density / 64, 5.0))
+    new, gain = spread(uniform, Shares(density / 64, 5.0), 1e-5)
     assert new.dtype == dtype
     assert new[0] == 0 and new[-1] == 1
     lengths = jnp.diff(new)
@@ -331,7 +379,7 @@ def test_spread(dtype):
 
     # A jump, which the grid has to get close to by and by.
     step = jnp.where(middles < 0.5, 1e-6, 1.0).astype(dtype)
-    new, _ = spread(uniform, Shares(step, 2.0))
+    new, _ = spread(uniform, Shares(step, 2.0), 1e-5)
     lengths = jnp.diff(new)
     assert jnp.all(lengths > 0)
     ratios = lengths[1:] / lengths[:-1]
@@ -342,7 +390,7 @@ def test_spread(dtype):
 def test_spread_without_knowledge(value):
     uniform = jnp.linspace(0, 1, 17)
     shares = jnp.zeros(16).at[3].set(value) if value != 1 else jnp.ones(16)
-    new, gain = spread(uniform, Shares(shares, 5.0))
+    new, gain = spread(uniform, Shares(shares, 5.0), 1e-5)
     assert max_error(new, uniform) < 1e-12
     assert abs(gain - 1) < 1e-12
 

@@ -136,7 +136,7 @@ class DeerAdjoint(AbstractAdjoint):
     ) -> Any:
         # These are caches and guesses, and not differentiable.
         del passed_solver_state, passed_controller_state
-        _check(solver, terms, init_state.y)
+        _check(solver, terms, init_state)
         if are_known(stepsize_controller):
             times = KnownTimes(
                 *(stepsize_controller, init_state.controller_state),
@@ -298,9 +298,11 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
 """
 
 
-def _check(solver, terms, y0):
+def _check(solver, terms, init_state):
     check_one_step_solver(solver, "diffeqsolve(..., solver=..., adjoint=DeerAdjoint())")
-    check_state(y0, "y0")
+    check_state(init_state.y, "y0")
+    if type(solver) is DeerSolver:
+        solver.check_solver_state(init_state.solver_state, init_state.y)
     is_unsafe = lambda x: isinstance(x, UnsafeBrownianPath)
     if any(map(is_unsafe, jtu.tree_leaves(terms, is_leaf=is_unsafe))):
         raise ValueError(

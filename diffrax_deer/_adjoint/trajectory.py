@@ -127,9 +127,10 @@ class Problem(eqx.Module):
             *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
             scheme.unravel(start),
         )
-        if at is None or self.linearisation is None:
+        if self.linearisation is None:
             made = part.sequential()
         else:
+            assert at is not None
             method, scan = self.linearisation
             # What is not used stays where it is.
             is_used = of_all < self.substeps.number
@@ -251,9 +252,10 @@ def scan_used(
     # with zeros.
     remake = ft.partial(jax.checkpoint, prevent_cse=False)
 
-    def make(size, carry, first, xs, offset):
-        # All from the first one on, of which there are `size`. `xs` begin with that of
-        # the index `offset`, which is less if there are fewer.
+    def make(carry, first, xs, offset):
+        # All from `first` on, of which there are as many as `xs`. These begin with that
+        # of `offset`: the last part is cut out earlier, so as not to reach too far.
+        size = _length(xs)
         if size == 1:
             x = jtu.tree_map(lambda x: x[0], xs)
             return remake(body)(carry, first, x)
@@ -268,10 +270,10 @@ def scan_used(
         @remake
         def one(carry, first):
             # Whatever is used in there is also stored, but not from all of it.
-            start = jnp.minimum(first - offset, _length(xs) - part)
+            start = jnp.minimum(first - offset, size - part)
             cut = lambda x: lax.dynamic_slice_in_dim(x, start, part)
             some = jtu.tree_map(cut, xs)
-            do = lambda carry: make(part, carry, first, some, offset + start)
+            do = lambda carry: make(carry, first, some, offset + start)
             return lax.cond(first < num_used, do, skip, carry)
 
         firsts = first + part * jnp.arange(number, dtype=jnp.int32)
@@ -281,7 +283,7 @@ def scan_used(
         return carry, out
 
     first, length = jnp.array(0, jnp.int32), _length(xs)
-    carry, out = make(length, carry, first, xs, first)
+    carry, out = make(carry, first, xs, first)
     if length == 1:
         out = jtu.tree_map(lambda x: x[None], out)
     return carry, jtu.tree_map(lambda x: x[:length], out)

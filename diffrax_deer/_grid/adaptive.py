@@ -6,11 +6,11 @@ import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
-from diffrax import RESULTS
+from diffrax import AbstractBrownianPath, RESULTS
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from .._checks import check_positive_int, check_tolerance
+from .._collocation import AbstractCollocation
 from .._custom_types import RealScalarLike
 from .._error import halve
 from .._iterate import JointSolution
@@ -23,8 +23,10 @@ from .density import rms, shares, spread
 _WORTHWHILE = 2.0
 # For all solves but the first one, whose guess is a solution already.
 _MAX_ITERS = 32
-# Of interpolations, at most. (It may be more, but few solvers say so.)
-_ORDER = 4
+# Interpolations are at least as accurate as a cubic polynomial, or as the solver is.
+_STAGES = 3
+# In units of the precision of times.
+_SHORTEST = 64
 # If there is no tolerance, then components are compared with their size. Those that are
 # this much smaller than the largest one do not count.
 _NEGLIGIBLE = 1e-6
@@ -119,7 +121,8 @@ class AdaptiveGrid(AbstractGrid):
             solution = solve(here, state.guess, max_iters)
             okay = solution.result == RESULTS.successful
             scale = self._scale(here, solution.at.ys)
-            fractions, gain = spread(state.next, shares(here, solution.at, scale))
+            parts = shares(here, solution.at, scale)
+            fractions, gain = spread(state.next, parts, _shortest(problem))
             moves = okay & (gain > _WORTHWHILE) & (state.num_moves < self.max_moves)
             # If it has moved to where there is no solution, then back.
             is_better = okay | is_first
@@ -155,7 +158,7 @@ class AdaptiveGrid(AbstractGrid):
         fractions, solution = state.fractions, state.solution
         if self.rtol is None or self.atol is None:
             return Placed(fractions, solution, None, True)
-        factor, required, span = self._judge(place(fractions), solution.at, solve)
+        factor, required, span = self._judge(place(fractions), solution, solve)
         solution = dataclasses.replace(solution, span=solution.span + span)
         return Placed(fractions, solution, required, factor <= 1)
 
@@ -173,36 +176,41 @@ class AdaptiveGrid(AbstractGrid):
         return atol + rtol * sizes
 
     def _judge(
-        self, problem: Discretisation, at: Iterate, solve: Solve
+        self, problem: Discretisation, solution: JointSolution, solve: Solve
     ) -> tuple[Real[Array, ""], Int[Array, ""], Int[Array, ""]]:
         """How many times too coarse the grid is, how many substeps would be enough, and
         the span.
 
         On a grid of every second point, errors are larger by as much as the order says.
-        Those that it has in between, which are interpolated, may be of a lower order.
+        Those in between, of interpolations, may be of a lower order.
         """
-        substeps, order = problem.substeps, _order(problem)
-        coarse, among, solution = halve(problem, at, solve)
-        between = np.setdiff1d(np.arange(1, substeps + 1), among)
-        among, scale = among[1:], self._scale(problem, at.ys)
+        at, order = solution.at, _order(problem)
+        coarse, among, solution_on_half = halve(problem, at, solve)
+        # Of every substep of the coarse grid that is about a quarter and three.
+        middles = (problem.t0s + problem.t1s) / 2
+        scale = self._scale(problem, at.ys)
 
-        def size(errors, index):
-            norms = rms(errors / scale[index - 1])
+        def size(errors, scale):
+            norms = rms(errors / scale)
             return jnp.max(norms, initial=0).astype(problem.t0s.dtype)
 
-        interpolated = coarse.evaluate(solution.at, problem.ts[between])
-        interpolated = problem.scheme.ravel_all(interpolated, len(between))
-        errors = (
-            (size(solution.at.ys - at.ys[among - 1], among), order),
-            (size(interpolated - at.ys[between - 1], between), min(order, _ORDER)),
+        last = among[1:] - 1
+        at_points = size(solution_on_half.at.ys - at.ys[last], scale[last])
+        between = jtu.tree_map(
+            jnp.subtract,
+            coarse.evaluate(solution_on_half.at, middles),
+            problem.evaluate(at, middles),
         )
+        between = size(problem.ravel_all(between), scale)
+        errors = (at_points, order), (between, _interpolation_order(problem, order))
         # For each of the two kinds, by how much a grid is too coarse.
         factors = jnp.stack([(error / (2**p - 1)) ** (1 / p) for error, p in errors])
         okay = solution.result == RESULTS.successful
+        okay = okay & (solution_on_half.result == RESULTS.successful)
         # If not even that has a solution then nothing is known.
         factor = jnp.where(okay, jnp.max(factors), 2.0)
-        required = jnp.ceil(substeps * factor).astype(jnp.int32)
-        return factor, jnp.maximum(required, 1), solution.span
+        required = jnp.ceil(problem.substeps * factor).astype(jnp.int32)
+        return factor, jnp.maximum(required, 1), solution_on_half.span
 
 
 class _State(eqx.Module):
@@ -225,9 +233,30 @@ def _interpolate(
 
 
 def _order(problem: Discretisation) -> RealScalarLike:
-    order = problem.solver.order(problem.terms)
-    order = problem.solver.strong_order(problem.terms) if order is None else order
+    """Of the errors of single paths, if there is any randomness."""
+    is_path = lambda x: isinstance(x, AbstractBrownianPath)
+    leaves = jtu.tree_leaves(problem.terms, is_leaf=is_path)
+    if any(map(is_path, leaves)):
+        order = problem.solver.strong_order(problem.terms)
+    else:
+        order = problem.solver.order(problem.terms)
     return 1 if order is None else order
+
+
+def _interpolation_order(
+    problem: Discretisation, order: RealScalarLike
+) -> RealScalarLike:
+    solver = problem.solver
+    # That of the polynomial. Few other solvers say what theirs is.
+    stages = solver.stages if isinstance(solver, AbstractCollocation) else _STAGES
+    return min(order, stages + 1)
+
+
+def _shortest(problem: Discretisation) -> Real[Array, ""]:
+    """How short substeps may be, as a fraction of the window."""
+    t0, t1 = problem.t0s[0], problem.t1s[-1]
+    precision = jnp.spacing(jnp.maximum(jnp.abs(t0), jnp.abs(t1)))
+    return _SHORTEST * precision / jnp.where(t0 == t1, 1, t1 - t0)
 
 
 def _add_up(

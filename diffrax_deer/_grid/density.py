@@ -5,6 +5,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
+from .._custom_types import RealScalarLike
 from .._window import Discretisation, Iterate
 
 
@@ -17,8 +18,6 @@ _MAX_LENGTH = 10
 # neighbours differs by a factor of up to about `exp` of this.
 _SLOPE = 0.5
 _SLOPE_ITERATIONS = 4
-# In units of the precision of times.
-_MIN_LENGTH = 64
 
 
 class Shares(eqx.Module):
@@ -57,13 +56,15 @@ def rms(errors: Float[Array, "substeps size"]) -> Float[Array, " substeps"]:
 
 
 def spread(
-    fractions: Real[Array, " substeps_plus_1"], shares: Shares
+    fractions: Real[Array, " substeps_plus_1"],
+    shares: Shares,
+    shortest: RealScalarLike,
 ) -> tuple[Real[Array, " substeps_plus_1"], Real[Array, ""]]:
     """The grid on which all substeps have the same share of the error, and how many
     times smaller the sum of their errors is than on the present one.
 
     This is the equidistribution principle of adaptive codes for boundary value
-    problems. Substeps stay as they are if nothing is known of their errors.
+    problems. No substep is shorter than `shortest`. They stay as they are if nothing is known of their errors.
     """
     lengths = jnp.diff(fractions)
     number, dtype = len(lengths), fractions.dtype
@@ -81,7 +82,7 @@ def spread(
     middles = (fractions[1:] + fractions[:-1]) / 2
     for _ in range(_SLOPE_ITERATIONS):
         wanted = wanted * jnp.sum(lengths / wanted) / number
-        wanted = jnp.maximum(wanted, _MIN_LENGTH * jnp.finfo(dtype).eps)
+        wanted = jnp.maximum(wanted, shortest)
         rise = _SLOPE * middles
         after = lax.cummin(wanted - rise) + rise
         before = lax.cummin(wanted + rise, reverse=True) - rise

@@ -42,8 +42,8 @@ class AbstractGuess(eqx.Module):
             wrapped solver (`problem.solver`), the times at which the substeps begin and
             end (`problem.ts`), and the value at the first of these (`problem.y0`).
         - `previous`: the window before this one, the times of which are NaN if there is
-            none. `None` if the substeps of windows are not of equal length, that is, if
-            `DeerAdjoint` has merged steps.
+            none. With an `AdaptiveGrid`, `previous.fractions` are when its substeps
+            begin and end. `None` if `DeerAdjoint` has merged steps.
 
         **Returns:**
 

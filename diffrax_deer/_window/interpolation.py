@@ -66,23 +66,14 @@ class WindowInterpolation(AbstractLocalInterpolation):
             # evaluation of many points.
             position = self.substeps * fraction
             index = jnp.ceil(position) - 1 if left else jnp.floor(position)
+            time = lambda i: grid_time(self.t0, self.t1, self.substeps, i)
         else:
-            side = "left" if left else "right"
-            index = jnp.searchsorted(
-                self.fractions, fraction, side=side, method="scan_unrolled"
-            )
-            index = index - 1
+            fractions, side = self.fractions, "left" if left else "right"
+            method = "scan_unrolled"
+            index = jnp.searchsorted(fractions, fraction, side=side, method=method) - 1
+            time = lambda i: time_at(self.t0, self.t1, fractions[i])
         index = jnp.clip(index, 0, self.substeps - 1).astype(jnp.int32)
-        if self.fractions is None:
-            ends = (
-                grid_time(self.t0, self.t1, self.substeps, i)
-                for i in (index, index + 1)
-            )
-        else:
-            ends = (
-                time_at(self.t0, self.t1, self.fractions[i]) for i in (index, index + 1)
-            )
-        t0, t1 = ends
+        t0, t1 = time(index), time(index + 1)
         dense_info = jtu.tree_map(lambda x: x[index], self.dense_infos)
         return self.interpolation_cls(t0=t0, t1=t1, **dense_info).evaluate(t, left=left)
 
