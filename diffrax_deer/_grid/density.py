@@ -64,7 +64,8 @@ def spread(
     times smaller the sum of their errors is than on the present one.
 
     This is the equidistribution principle of adaptive codes for boundary value
-    problems. No substep is shorter than `shortest`. They stay as they are if nothing is known of their errors.
+    problems. No substep is shorter than `shortest`. They stay as they are if nothing is
+    known of their errors.
     """
     lengths = jnp.diff(fractions)
     number, dtype = len(lengths), fractions.dtype
