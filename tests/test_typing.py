@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optimistix
 
-def solve(y0, substeps, controller, adjoint):
+def solve(y0, solver, controller, adjoint):
     saveat = diffrax.SaveAt(
         t1=True, ts=jnp.array([0.3]), steps=True, dense=True, solver_state=True
     )
@@ -25,7 +25,7 @@ def solve(y0, substeps, controller, adjoint):
     )
     sol = diffrax.diffeqsolve(
         diffrax.ODETerm(lambda t, y, args: {"a": -y["b"], "b": y["a"]}),
-        diffrax_deer.DeerSolver(substeps=substeps),
+        solver,
         0,
         1,
         0.1,
@@ -42,10 +42,15 @@ y0 = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
 pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
 clip = diffrax.ClipStepSizeController(pid, jump_ts=[0.5])
 constant = diffrax.ConstantStepSize()
+four = diffrax_deer.DeerSolver(substeps=4)
+single = diffrax_deer.DeerSolver(substeps=1)
+grid = diffrax_deer.AdaptiveGrid(rtol=1e-3, atol=1e-3)
+moving = diffrax_deer.DeerSolver(substeps=4, grid=grid)
 for args in (
-    (4, pid, diffrax.DirectAdjoint()),
-    (4, clip, diffrax_deer.DeerAdjoint()),
-    (1, constant, diffrax_deer.DeerAdjoint(max_window_points=4)),
+    (four, pid, diffrax.DirectAdjoint()),
+    (four, clip, diffrax_deer.DeerAdjoint()),
+    (single, constant, diffrax_deer.DeerAdjoint(max_window_points=4)),
+    (moving, pid, diffrax_deer.DeerAdjoint()),
 ):
     print(eqx.filter_jit(jax.grad(solve))(y0, *args))
 """
