@@ -122,8 +122,15 @@ class AdaptiveGrid(AbstractGrid):
             okay = solution.result == RESULTS.successful
             scale = self._scale(here, solution.at.ys)
             parts = shares(here, solution.at, scale)
-            fractions, gain = spread(state.next, parts, _shortest(problem))
-            moves = okay & (gain > _WORTHWHILE) & (state.num_moves < self.max_moves)
+            may_move = okay & (parts.most_gain > _WORTHWHILE)
+            may_move = may_move & (state.num_moves < self.max_moves)
+            # In a batch, all or none.
+            fractions, gain = lax.cond(
+                eqxi.unvmap_any(may_move),
+                lambda: spread(state.next, parts, _shortest(problem)),
+                lambda: (state.next, jnp.ones_like(state.next[0])),
+            )
+            moves = may_move & (gain > _WORTHWHILE)
             # If it has moved to where there is no solution, then back.
             is_better = okay | is_first
             select = lambda x, y: jtu.tree_map(
@@ -133,7 +140,6 @@ class AdaptiveGrid(AbstractGrid):
                 fractions=select(state.next, state.fractions),
                 solution=_add_up(select(solution, state.solution), state, solution),
                 next=fractions,
-                # In a batch, all or none.
                 guess=lax.cond(
                     eqxi.unvmap_any(moves),
                     lambda: _interpolate(here, solution.at, place(fractions)),

@@ -27,6 +27,13 @@ class Shares(eqx.Module):
     values: Real[Array, " substeps"]
     order: float
 
+    @property
+    def most_gain(self) -> Real[Array, ""]:
+        """How many times smaller the error would be if all shares were equal."""
+        mean = jnp.mean(self.values)
+        equal = jnp.where(mean > 0, mean, 1) ** self.order
+        return jnp.mean(self.values**self.order) / equal
+
 
 def shares(
     problem: Discretisation, at: Iterate, scale: Float[Array, "substeps size"]
