@@ -50,7 +50,7 @@ def problems() -> dict[str, span.Problem]:
     every = span.problems()
     names = [
         *("two bodies", "van der Pol, 5", "FitzHugh-Nagumo", "Brusselator"),
-        *("Kepler, 0.6", "Lotka-Volterra", "neural, 16", "rigid body", "Pleiades"),
+        *("Kepler, 0.6", "Lotka-Volterra", "neural, 16", "rigid body"),
         *("three bodies", "double pendulum", "pulse"),
     ]
 
