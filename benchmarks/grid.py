@@ -6,7 +6,7 @@ same error: how many steps that accepts, and how many evaluations of the vector 
 follow one another. Errors are the largest ones over the whole interval. For stiff
 problems implicit solvers are used instead, and there is nothing to compare with.
 
-    python -m benchmarks.grid --output benchmarks/results/grid.json \\
+    python -m benchmarks.grid --output benchmarks/results/grid.json \
         --figure docs/figures/grid.png
 """
 

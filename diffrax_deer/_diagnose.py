@@ -30,7 +30,7 @@ from ._linear_algebra import matvec
 from ._method import AbstractDampedMethod, DEER
 from ._solver import DeerSolver
 from ._state import DeerState
-from ._window import AbstractWindow, Discretisation, Iterate
+from ._window import AbstractWindow, Iterate
 
 
 # No more iterations of each window than these are kept.
@@ -315,14 +315,12 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         deer_state, direction = solver_state
         del made_jump
         solved = self.solver.solve_window(terms, t0, t1, y0, args, deer_state)
-        ts, at, result = solved.ts, solved.at, solved.result
-        problem = Discretisation(self.solver.solver, terms, args, ts[:-1], ts[1:], y0)
+        problem, at, result = solved.problem, solved.at, solved.result
         iteration = self.solver.iteration(problem)
         guess, _ = self.solver.first_guess(problem, deer_state)
         state, residuals, fronts = _observe(iteration, guess, self.history)
         growth, direction = _growth(problem.window, at, direction)
         # As floating point numbers, for Diffrax fills what it does not use with `inf`.
-        fractions = problem.fractions
         required = solved.state.required_substeps
         # Or it has been solved, but is not accurate enough.
         okay = (result == RESULTS.successful) | (result == RESULTS.dt_min_reached)
@@ -333,7 +331,7 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
             residuals=residuals,
             fronts=fronts,
             growth=growth,
-            fractions=fractions,
+            fractions=problem.fractions,
         )
         if required is not None:
             info["required"] = required.astype(at.ys.dtype)

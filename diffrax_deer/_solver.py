@@ -37,7 +37,7 @@ from ._custom_types import (
 )
 from ._error import accumulated_error, error_by_halving
 from ._grid import AbstractGrid, UniformGrid
-from ._guess import AbstractGuess, AutoGuess
+from ._guess import AbstractGuess, AutoGuess, ConstantGuess
 from ._implicit import with_derivative, without_gradient
 from ._iterate import Iteration, JointSolution, known_solution
 from ._method import AbstractMethod, DEER
@@ -279,7 +279,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         if placed.fractions is not None:
             problem = problem.on(problem.between(placed.fractions))
         solution = with_derivative(placed.solution, self.iteration(problem))
-        at, unravel, ts = solution.at, problem.unravel, problem.ts
+        at, unravel = solution.at, problem.unravel
         outputs = problem.outputs(at)
 
         # A solver may also have failed on one of the substeps.
@@ -300,8 +300,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             y_error = jnp.where(is_usable, lax.stop_gradient(y_error), jnp.inf)
             y_error = unravel(y_error)
         state = DeerState(
-            t0=ts[0],
-            t1=ts[-1],
+            t0=problem.t0s[0],
+            t1=problem.t1s[-1],
             ys=lax.stop_gradient(problem.unravel_all(at.ys)),
             num_iterations=solution.num_iterations,
             sequential_evaluations=solution.span,
@@ -311,7 +311,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         if placed.is_accurate is not True:
             too_few = okay & jnp.invert(placed.is_accurate)
             result = RESULTS.where(too_few, RESULTS.dt_min_reached, result)
-        return SolvedWindow(ts, y1, y_error, outputs.dense_info, state, result, at)
+        return SolvedWindow(
+            *(problem, y1, y_error, outputs.dense_info, state, result, at)
+        )
 
     def iteration(self, problem: Discretisation) -> Iteration:
         """What solves a window."""
@@ -341,9 +343,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     ) -> tuple[Iterate, IntScalarLike]:
         if self.guess.is_solution(problem):
             # Anything will do.
-            shape = (problem.substeps, problem.window.y0.size)
-            constant = jnp.broadcast_to(problem.window.y0[None], shape)
-            return problem.window.interpolated(constant), 0
+            return ConstantGuess()(problem, solver_state)
         return self.first_guess(problem, solver_state)
 
     def first_guess(
@@ -433,7 +433,7 @@ class SolvedWindow(eqx.Module):
 
     **Attributes:**
 
-    - `ts`: its grid.
+    - `problem`: what has been solved, on the grid that it has been solved on.
     - `y1`, `y_error`: the value at its end, and the estimate of its error.
     - `dense_infos`: what the wrapped solver keeps of each substep for dense output.
     - `state`: what is known when the next window begins.
@@ -441,7 +441,7 @@ class SolvedWindow(eqx.Module):
     - `at`: all unknowns.
     """
 
-    ts: Real[Array, " substeps_plus_1"]
+    problem: Discretisation
     y1: Y
     y_error: Y | None
     dense_infos: DenseInfo

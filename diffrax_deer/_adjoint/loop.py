@@ -288,7 +288,10 @@ def _nothing(layout, scheme, init_state, is_uniform) -> Recording:
     t, y = jnp.asarray(init_state.tprev), scheme.ravel(init_state.y)
     zero, false = jnp.array(0, jnp.int32), jnp.array(False)
     ts = jnp.zeros(layout.max_windows, t.dtype)
-    fractions = jnp.zeros((layout.max_windows, layout.window_size + 1), t.dtype)
+    if is_uniform:
+        fractions = None
+    else:
+        fractions = jnp.zeros((layout.max_windows, layout.window_size + 1), t.dtype)
     rows = lambda *shape: jnp.zeros((*shape, y.size), y.dtype)
     kept, stages = layout.max_kept, scheme.stage_shape
     values = Values(
@@ -299,7 +302,7 @@ def _nothing(layout, scheme, init_state, is_uniform) -> Recording:
     return Recording(
         t0s=ts,
         t1s=ts,
-        fractions=None if is_uniform else fractions,
+        fractions=fractions,
         values=values,
         kept=jnp.full(kept, layout.max_substeps, jnp.int32),
         event_substep=zero,

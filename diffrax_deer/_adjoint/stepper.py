@@ -300,7 +300,14 @@ class MergedWindows(AbstractWindows):
 def _made(solved: SolvedWindow) -> Made:
     state = solved.state
     return Made(
-        *(solved.ts, state.fractions, solved.y1, solved.y_error, solved.at, state),
+        *(
+            solved.problem.ts,
+            state.fractions,
+            solved.y1,
+            solved.y_error,
+            solved.at,
+            state,
+        ),
         *(solved.result, state.num_iterations, state.sequential_evaluations),
     )
 

@@ -48,7 +48,7 @@ class AdaptiveGrid(AbstractGrid):
         points can do.
     - With a tolerance, and constant steps, the solution either is that accurate, or the
         solve fails (with `diffrax.RESULTS.dt_min_reached`). This is judged by the
-        difference to the solution on every second point, at all of these points. How
+        difference to the solution on every second point, at these and in between. How
         many substeps it would have taken is in `solver_state.required_substeps`, if
         asked for with `SaveAt(solver_state=True)` and `throw=False`.
     - Derivatives are those of the wrapped solver on the final grid. That points depend
@@ -112,10 +112,10 @@ class AdaptiveGrid(AbstractGrid):
         return fractions, jnp.array(substeps, jnp.int32)
 
     def place(self, problem: Discretisation, guess: Guess, solve: Solve) -> Placed:
-        place = lambda fractions: problem.on(problem.between(fractions))
+        on = lambda fractions: problem.on(problem.between(fractions))
 
         def body(state: _State) -> _State:
-            here = place(state.next)
+            here = on(state.next)
             is_first = state.num_moves == 0
             max_iters = jnp.where(is_first, jnp.iinfo(jnp.int32).max, _MAX_ITERS)
             solution = solve(here, state.guess, max_iters)
@@ -136,13 +136,19 @@ class AdaptiveGrid(AbstractGrid):
             select = lambda x, y: jtu.tree_map(
                 lambda x, y: jnp.where(is_better, x, y), x, y
             )
+            before = state.solution
             return _State(
                 fractions=select(state.next, state.fractions),
-                solution=_add_up(select(solution, state.solution), state, solution),
+                # With what all of them have taken.
+                solution=dataclasses.replace(
+                    select(solution, before),
+                    num_iterations=before.num_iterations + solution.num_iterations,
+                    span=before.span + solution.span,
+                ),
                 next=fractions,
                 guess=lax.cond(
                     eqxi.unvmap_any(moves),
-                    lambda: _interpolate(here, solution.at, place(fractions)),
+                    lambda: _interpolate(here, solution.at, on(fractions)),
                     lambda: state.guess,
                 ),
                 num_moves=state.num_moves + 1,
@@ -164,7 +170,7 @@ class AdaptiveGrid(AbstractGrid):
         fractions, solution = state.fractions, state.solution
         if self.rtol is None or self.atol is None:
             return Placed(fractions, solution, None, True)
-        factor, required, span = self._judge(place(fractions), solution, solve)
+        factor, required, span = self._judge(on(fractions), solution, solve)
         solution = dataclasses.replace(solution, span=solution.span + span)
         return Placed(fractions, solution, required, factor <= 1)
 
@@ -263,18 +269,6 @@ def _shortest(problem: Discretisation) -> Real[Array, ""]:
     t0, t1 = problem.t0s[0], problem.t1s[-1]
     precision = jnp.spacing(jnp.maximum(jnp.abs(t0), jnp.abs(t1)))
     return _SHORTEST * precision / jnp.where(t0 == t1, 1, t1 - t0)
-
-
-def _add_up(
-    best: JointSolution, state: _State, solution: JointSolution
-) -> JointSolution:
-    """The best solution, with what all of them have taken."""
-    return JointSolution(
-        at=best.at,
-        num_iterations=state.solution.num_iterations + solution.num_iterations,
-        span=state.solution.span + solution.span,
-        result=best.result,
-    )
 
 
 AdaptiveGrid.__init__.__doc__ = """**Arguments:**
