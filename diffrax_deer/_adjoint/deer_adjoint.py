@@ -193,7 +193,10 @@ class DeerAdjoint(AbstractAdjoint):
         )
         linearisation = None if _are_repeated(scheme) else stepper.linearisation
         problem = Problem(scheme, times, recording.fractions, substeps, linearisation)
-        trajectory = Trajectory(problem, solution(recording.values, problem))
+        trajectory = Trajectory(
+            *(problem, solution(recording.values, problem), jnp.asarray(t0)),
+            *(recording.last_ts, final_state.y, recording.points),
+        )
         tfinal, yfinal, result = trajectory.t1, trajectory.y1, final_state.result
         if event is not None:
             tfinal, yfinal, result = _at_event(

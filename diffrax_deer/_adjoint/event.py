@@ -1,12 +1,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import AbstractLocalInterpolation, Event, RESULTS
-from jaxtyping import Array, Bool, Int, PyTree, Real
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._custom_types import RealScalarLike
 
@@ -19,16 +18,26 @@ def _directions(event: Event) -> list[bool | None]:
     return jtu.tree_leaves(event.direction, is_leaf=lambda x: x is None)
 
 
-def first_crossing(
+def event_values(
     event: Event,
     call: Callable[[Callable, RealScalarLike, PyTree[Array]], Array],
-    ts: Real[Array, " substeps_plus_1"],
-    ys: PyTree[Array],
+    t: RealScalarLike,
+    y: PyTree[Array],
+) -> list[Array]:
+    """Those of all functions of the event, which `call(cond_fn, t, y)` evaluates."""
+    return [jnp.asarray(call(cond_fn, t, y)) for cond_fn in _cond_fns(event)]
+
+
+def first_crossing(
+    event: Event,
+    before: list[Array],
+    after: list[Array],
 ) -> tuple[Bool[Array, ""], Int[Array, ""], PyTree[Bool[Array, ""]]]:
     """Looks for the first substep at the end of which an event has occurred.
 
-    `call(cond_fn, t, y)` evaluates one of the functions of the event. Those of each
-    substep are compared as Diffrax compares those of a step.
+    Of each function of the event, these are its value at the start of a window, and
+    those at the ends of its substeps. They are compared as Diffrax compares those of a
+    step.
 
     **Returns:**
 
@@ -36,12 +45,12 @@ def first_crossing(
     `diffrax.Solution.event_mask`.
     """
     occurred = []
-    for cond_fn, direction in zip(_cond_fns(event), _directions(event)):
-        values = jax.vmap(lambda t, y: jnp.asarray(call(cond_fn, t, y)))(ts, ys)
+    for first, values, direction in zip(before, after, _directions(event)):
         if values.dtype == jnp.dtype(bool):
-            occurred.append(values[1:])
+            occurred.append(values)
             continue
-        old, new = jnp.sign(values[:-1]), jnp.sign(values[1:])
+        new = jnp.sign(values)
+        old = jnp.concatenate([jnp.sign(first)[None], new[:-1]])
         if direction is None:
             occurred.append(old != new)
         elif direction:

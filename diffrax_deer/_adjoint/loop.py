@@ -22,10 +22,10 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from .._custom_types import RealScalarLike
 from .._window import Iterate, Scheme
-from .event import first_crossing
+from .event import event_values, first_crossing
 from .stepper import AbstractStepper, Made, MergedWindows
 from .times import almost
-from .trajectory import Rows, Values
+from .trajectory import Points, Rows, Values
 
 
 class Layout(eqx.Module):
@@ -70,6 +70,8 @@ class Recording(eqx.Module):
     - `fractions`: when their substeps do. `None` if these are equally long.
     - `values`: of their solution.
     - `kept`: which substeps these are about.
+    - `last_ts`: when the last substep, as in `values`, begins and ends.
+    - `points`: the solution at the save times, if it is saved on the way.
     - `event_substep`: in the last window, that in which an event has occurred.
     """
 
@@ -78,6 +80,8 @@ class Recording(eqx.Module):
     fractions: Real[Array, "windows size_plus_1"] | None
     values: Values
     kept: Int[Array, " kept"]
+    last_ts: tuple[Real[Array, ""], Real[Array, ""]]
+    points: Points | None
     event_substep: Int[Array, ""]
     num_windows: Int[Array, ""]
     num_kept: Int[Array, ""]
@@ -103,6 +107,7 @@ class _State(eqx.Module):
     num_steps: Int[Array, ""]
     num_accepted_steps: Int[Array, ""]
     progress_meter_state: PyTree[Array]
+    event_values: Any
     # And what is ours.
     recording: Recording
 
@@ -165,11 +170,15 @@ def record(
         is_good = jnp.asarray(is_good)
 
         substep = jnp.array(stepper.size - 1, jnp.int32)
+        new_event_values = None
         if event is not None:
-            y0, ys = scheme.ravel(state.y), made.at.ys
-            occurred, event_substep, mask = first_crossing(
-                event, call_event, ts, scheme.unravel_all(jnp.vstack([y0, ys]))
+            values = jax.vmap(lambda t, y: event_values(event, call_event, t, y))(
+                ts[1:], scheme.unravel_all(made.at.ys)
             )
+            occurred, event_substep, mask = first_crossing(
+                event, state.event_values, values
+            )
+            new_event_values = [x[-1] for x in values]
             occurred = is_good & occurred
             substep = jnp.where(occurred, event_substep, substep)
             recording = _replace(recording, had_event=occurred, event_mask=mask)
@@ -188,7 +197,7 @@ def record(
         select = lambda x, y: jtu.tree_map(lambda x, y: jnp.where(keep, x, y), x, y)
         done = (tprev - t0) / jnp.where(t0 == t1, 1, t1 - t0)
         return _State(
-            y=select(made.y1, state.y),
+            y=jtu.tree_map(lambda x, y: jnp.where(is_good, x, y), made.y1, state.y),
             tprev=tprev,
             tnext=tnext,
             made_jump=made_jump,
@@ -198,10 +207,17 @@ def record(
             num_steps=state.num_steps + 1,
             num_accepted_steps=state.num_accepted_steps + jnp.where(keep, 1, 0),
             progress_meter_state=progress_meter.step(state.progress_meter_state, done),
+            event_values=select(new_event_values, state.event_values),
             recording=recording,
         )
 
     zero = jnp.array(0, jnp.int32)
+    if event is None:
+        first_event_values = None
+    else:
+        first_event_values = event_values(
+            event, call_event, init_state.tprev, init_state.y
+        )
     state = _State(
         y=init_state.y,
         tprev=jnp.asarray(init_state.tprev),
@@ -215,7 +231,8 @@ def record(
         num_steps=zero,
         num_accepted_steps=zero,
         progress_meter_state=init_state.progress_meter_state,
-        recording=_nothing(layout, scheme, init_state, stepper.is_uniform),
+        event_values=first_event_values,
+        recording=_nothing(layout, scheme, init_state, stepper),
     )
     state = eqxi.while_loop(
         is_unfinished,
@@ -231,6 +248,7 @@ def record(
     )
     final_state = dataclasses.replace(
         init_state,
+        y=state.y,
         tprev=state.tprev,
         tnext=state.tnext,
         made_jump=state.made_jump,
@@ -284,16 +302,21 @@ def _made_jump(controller, controller_state, error_order, scheme, init_state):
     return jnp.asarray(init_state.made_jump)
 
 
-def _nothing(layout, scheme, init_state, is_uniform) -> Recording:
+def _nothing(layout, scheme, init_state, stepper) -> Recording:
     t, y = jnp.asarray(init_state.tprev), scheme.ravel(init_state.y)
     zero, false = jnp.array(0, jnp.int32), jnp.array(False)
     ts = jnp.zeros(layout.max_windows, t.dtype)
-    if is_uniform:
+    if stepper.is_uniform:
         fractions = None
     else:
         fractions = jnp.zeros((layout.max_windows, layout.window_size + 1), t.dtype)
     rows = lambda *shape: jnp.zeros((*shape, y.size), y.dtype)
     kept, stages = layout.max_kept, scheme.stage_shape
+    if layout.ts is None or len(layout.ts) == 0 or not stepper.is_sequential:
+        points = None
+    else:
+        ys = jnp.broadcast_to(y, (len(layout.ts), y.size))
+        points = Points(layout.ts, ys, zero)
     values = Values(
         chunks=rows(layout.max_chunks),
         kept=Rows(rows(kept), Iterate(rows(kept), rows(kept, *stages))),
@@ -305,6 +328,8 @@ def _nothing(layout, scheme, init_state, is_uniform) -> Recording:
         fractions=fractions,
         values=values,
         kept=jnp.full(kept, layout.max_substeps, jnp.int32),
+        last_ts=(t, t),
+        points=points,
         event_substep=zero,
         num_windows=zero,
         num_kept=zero,
@@ -319,9 +344,10 @@ def _nothing(layout, scheme, init_state, is_uniform) -> Recording:
 
 
 def _buffers(recording):
-    values = recording.values
+    values, points = recording.values, recording.points
     times = recording.t0s, recording.t1s, recording.fractions
-    return *times, values.chunks, values.kept, recording.kept
+    ys = None if points is None else points.ys
+    return *times, values.chunks, values.kept, recording.kept, ys
 
 
 def _keep(
@@ -335,13 +361,18 @@ def _keep(
     starts = jnp.concatenate([scheme.ravel(y0)[None], made.at.ys[:-1]])
     rows, values = Rows(starts, made.at), recording.values
     num_kept, num_points = recording.num_kept, recording.num_points
+    points = recording.points
     if layout.ts is None:
         index = of_all
     elif len(layout.ts) == 0:
         index = jnp.full(size, layout.max_kept, jnp.int32)
     else:
         # Which substeps are those that the points lie in.
-        ends = jax.vmap(ft.partial(_count, layout.ts))(ts[1:])
+        if points is None:
+            ends = jax.vmap(ft.partial(_count, layout.ts))(ts[1:])
+        else:
+            points = _save_points(points, is_good, scheme, made)
+            ends = points.number[None]
         is_kept = jnp.diff(ends, prepend=num_points) > 0
         index = num_kept + jnp.cumsum(is_kept, dtype=jnp.int32) - 1
         num_kept = jnp.where(is_good, jnp.max(index) + 1, num_kept)
@@ -370,6 +401,9 @@ def _keep(
         t1s=set_at(recording.t1s, window, ts[-1]),
         values=values,
         kept=set_at(recording.kept, index, of_all),
+        last_ts=tuple(
+            jnp.where(is_good, ts[substep + i], recording.last_ts[i]) for i in (0, 1)
+        ),
         event_substep=substep,
         num_windows=window + jnp.where(is_good, 1, 0).astype(jnp.int32),
         num_kept=num_kept,
@@ -378,9 +412,38 @@ def _keep(
         max_window_iterations=most,
         span=recording.span + made.span,
     )
+    if points is not None:
+        recording = eqx.tree_at(lambda r: r.points, recording, points)
     if made.fractions is not None:
         new["fractions"] = set_at(recording.fractions, window, made.fractions)
     return _replace(recording, **new)
+
+
+def _save_points(points: Points, is_good, scheme: Scheme, made: Made) -> Points:
+    """Saves all that lie in a step. Where steps are sequential this takes less time
+    than to save all of them in the end, as what they are interpolated from is at hand.
+    """
+    assert made.dense_info is not None
+    ts, (t0, t1) = points.ts, (made.ts[0], made.ts[1])
+    interpolation = scheme.interpolation(t0, t1, made.dense_info)
+
+    def goes_on(carry):
+        _, i = carry
+        return is_good & (i < len(ts)) & (ts[i] <= t1)
+
+    def body(carry):
+        ys, i = carry
+        # In a batch, some may be at the end already. (Then nothing is set.)
+        here = jnp.minimum(i, len(ts) - 1)
+        y = scheme.ravel(interpolation.evaluate(ts[here]))
+        return ys.at[here].set(y, mode="promise_in_bounds"), i + 1
+
+    ys, number = eqxi.while_loop(
+        *(goes_on, body, (points.ys, points.number)),
+        buffers=lambda carry: carry[0],
+        kind="lax",
+    )
+    return eqx.tree_at(lambda p: (p.ys, p.number), points, (ys, number))
 
 
 def _count(ts: Real[Array, " points"], t: Real[Array, ""]) -> Int[Array, ""]:

@@ -78,7 +78,8 @@ def save(
         indices.append(index)
         ts.append(subsaveat.ts)
         # What is not saved must nonetheless be finite.
-        ys.append(trajectory.evaluate(jnp.where(is_saved, subsaveat.ts, tfinal)))
+        at_ts = trajectory.evaluate(jnp.where(is_saved, subsaveat.ts, tfinal))
+        ys.append(trajectory.at_points(subsaveat.ts, at_ts))
 
     if subsaveat.steps > 0:
         is_due = num_steps % subsaveat.steps == 0

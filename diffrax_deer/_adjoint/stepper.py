@@ -30,7 +30,8 @@ _STAGES_IN_CHUNK = 32
 
 class Made(eqx.Module):
     """What an attempt at a window has led to. `fractions` are `None` if all steps of
-    `solver` are divided equally."""
+    `solver` are divided equally. `dense_info` is that of a window which is a single
+    step, and `None` for all others."""
 
     ts: Real[Array, " size_plus_1"]
     fractions: Real[Array, " size_plus_1"] | None
@@ -41,6 +42,7 @@ class Made(eqx.Module):
     result: RESULTS
     num_iterations: IntScalarLike
     span: IntScalarLike
+    dense_info: dict[str, Any] | None = None
 
 
 class AbstractStepper(eqx.Module):
@@ -108,6 +110,11 @@ class AbstractStepper(eqx.Module):
         """Attempts the window with this index."""
 
     @property
+    def is_sequential(self) -> bool:
+        """Whether a window is a single step of the user's solver."""
+        return False
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all steps of `solver` are divided into substeps of equal length."""
         return True
@@ -157,6 +164,10 @@ class SequentialSteps(AbstractStepper):
             chunk = _CHUNK
         return min(chunk, max_windows)
 
+    @property
+    def is_sequential(self) -> bool:
+        return True
+
     def init(self, solver_state, controller_state, tnext):
         return solver_state, controller_state, tnext
 
@@ -168,7 +179,9 @@ class SequentialSteps(AbstractStepper):
         ks = scheme.stages(t0, t1, y0, y1, dense_info)
         at = Iterate(scheme.ravel(y1)[None], ks[None])
         ts = jnp.stack([t0, t1])
-        return Made(ts, None, y1, y_error, at, state, result, 0, scheme.span)
+        return Made(
+            *(ts, None, y1, y_error, at, state, result, 0, scheme.span, dense_info)
+        )
 
     def grouped(self, dense_infos, fractions):
         del fractions

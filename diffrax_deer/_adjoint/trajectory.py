@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
 from jaxtyping import Array, Float, Int, PyTree, Real
 
-from .._implicit import implicit_solution, with_zeros
+from .._implicit import as_known, implicit_solution, with_zeros
 from .._method import AbstractMethod
 from .._scan import AbstractScan
 from .._window import Discretisation, grid_time, Iterate, Scheme, time_at
@@ -298,60 +298,96 @@ def _join(x: Array) -> Array:
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
+class Points(eqx.Module):
+    """The solution at the save times, if it has been saved on the way. From `number` on
+    these have not been reached, and instead have the value at the start."""
+
+    ts: Real[Array, " points"]
+    ys: Float[Array, "points size"]
+    number: Int[Array, ""]
+
+
 class Trajectory(eqx.Module):
-    """The solution and its interpolation."""
+    """The solution and its interpolation.
+
+    **Attributes:**
+
+    - `t0`: when it begins.
+    - `last_ts`: when the last substep begins and ends.
+    - `last_y`: the value at its end.
+    - `points`: what need not be interpolated, as it is known already.
+    """
 
     problem: Problem
     values: Values
-
-    @property
-    def t0(self) -> Real[Array, ""]:
-        t0, _ = self.problem.times(jnp.array(0, jnp.int32))
-        return t0
+    t0: Real[Array, ""]
+    last_ts: tuple[Real[Array, ""], Real[Array, ""]]
+    last_y: PyTree[Array]
+    points: Points | None
 
     @property
     def t1(self) -> Real[Array, ""]:
-        substeps = self.problem.substeps
-        _, t1 = self.problem.of_substeps(substeps.last)
-        return jnp.where(substeps.number == 0, self.t0, t1)
+        _, t1 = self._last_times()
+        return jnp.where(self.problem.substeps.number == 0, self.t0, t1)
 
     @property
     def y1(self) -> PyTree[Array]:
-        return self.problem.scheme.unravel(self.values.last.at.ys)
+        y1 = self.problem.scheme.unravel(self.values.last.at.ys)
+        return as_known(self.last_y, y1)
 
     def at_last(self) -> AbstractLocalInterpolation:
         """The interpolation over the last substep."""
         index = self.problem.substeps.last
         rows = jtu.tree_map(lambda x: x[None], self.values.last)
-        t0s, t1s, infos = self._infos(index[None], rows)
+        t0, t1 = self._last_times()
+        infos = self._infos(index[None], rows, (t0[None], t1[None]))
         info = jtu.tree_map(lambda x: x[0], infos)
-        return self.problem.scheme.interpolation(t0s[0], t1s[0], info)
+        return self.problem.scheme.interpolation(t0, t1, info)
 
     def dense_infos(self) -> PyTree[Array]:
         """What Diffrax keeps for dense output, of all substeps that are kept."""
-        _, _, infos = self._infos(self.problem.substeps.kept, self.values.kept)
-        return infos
+        kept = self.problem.substeps.kept
+        return self._infos(kept, self.values.kept, self.problem.of_substeps(kept))
 
     def evaluate(self, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, in substeps that are kept."""
-        kept = self.problem.substeps.kept
-        _, ends = self.problem.of_substeps(kept)
+        kept, of_substeps = self.problem.substeps.kept, self.problem.of_substeps
+        _, ends = of_substeps(kept)
         index = jnp.searchsorted(lax.stop_gradient(ends), ts)
         index = jnp.minimum(index, len(kept) - 1)
         of_kept = lambda x: jtu.tree_map(lambda x: x[index], x)
         # Whichever is less. (Some solvers have to make their steps again.)
         if len(ts) > len(kept):
-            t0s, t1s, infos = of_kept(self._infos(kept, self.values.kept))
+            t0s, t1s = of_substeps(kept)
+            infos = self._infos(kept, self.values.kept, (t0s, t1s))
+            t0s, t1s, infos = of_kept((t0s, t1s, infos))
         else:
-            t0s, t1s, infos = self._infos(kept[index], of_kept(self.values.kept))
+            t0s, t1s = of_substeps(kept[index])
+            infos = self._infos(kept[index], of_kept(self.values.kept), (t0s, t1s))
         return self.problem.scheme.evaluate(ts, t0s, t1s, infos)
 
-    def _infos(self, index, rows):
-        t0s, t1s = self.problem.of_substeps(index)
+    def at_points(self, ts: Real[Array, " times"], ys: PyTree[Array]) -> PyTree[Array]:
+        """`ys`, found by `evaluate`. At those `ts` that have been saved on the way, the
+        value is known."""
+        if self.points is None:
+            return ys
+        known, scheme = self.points, self.problem.scheme
+        rows = known.ys
+        if len(ts) != len(known.ts):
+            # They are among those of other `SubSaveAt`s.
+            rows = rows[jnp.searchsorted(known.ts, ts)]
+        return as_known(lax.stop_gradient(scheme.unravel_all(rows)), ys)
+
+    def _last_times(self):
+        times = self.problem.of_substeps(self.problem.substeps.last)
+        return as_known(self.last_ts, times)
+
+    def _infos(self, index, rows, ts):
         # What is not used must nonetheless be finite.
         is_used = index < self.problem.substeps.number
         y1 = self.values.last.at.ys[None]
         starts = jnp.where(is_used[:, None], rows.starts, y1)
         ys = jnp.where(is_used[:, None], rows.at.ys, y1)
         at = Iterate(ys, jnp.where(is_used[:, None, None, None], rows.at.ks, 0))
-        return t0s, t1s, self.problem.scheme.outputs(t0s, t1s, starts, at).dense_info
+        t0s, t1s = ts
+        return self.problem.scheme.outputs(t0s, t1s, starts, at).dense_info
