@@ -1,4 +1,4 @@
-"""The examples of a document: `python tests/blocks.py README.md` prints the first one."""
+"""Examples in documents. `python tests/blocks.py README.md` prints the first one."""
 
 import re
 import sys
