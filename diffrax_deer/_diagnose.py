@@ -676,9 +676,9 @@ def _advice_on_windows(report: Report, length: float) -> list[str]:
         step = length / solver.substeps
         return [
             f"`{name}` is unstable at steps of {step:.2g}, sequentially as well: one "
-            f"of them amplifies perturbations {report.amplification:.2g} times, where the "
-            "differential equation does not. Shorter windows of the same steps change "
-            "nothing. The problem is stiff: use an implicit solver, for example "
+            f"of them amplifies perturbations {report.amplification:.2g} times, where "
+            "the differential equation does not. Shorter windows of the same steps "
+            "change nothing. The problem is stiff: use an implicit solver, for example "
             "`RadauIIA(3)`, or much shorter steps."
         ]
     if _is_stiff(report):
