@@ -1,6 +1,6 @@
 """Draws the pictures of the documentation that no benchmark draws.
 
-    python -m benchmarks.figures
+python -m benchmarks.figures
 """
 
 import json
@@ -34,7 +34,8 @@ def convergence():
     problem = Discretisation(solver.solver, term, None, ts[:-1], ts[1:], y0)
     iteration = solver.iteration(problem)
     state = iteration.init(solver.first_guess(problem, None)[0])
-    step, iterates = jax.jit(iteration.step), [state.at.ys]
+    step = jax.jit(lambda state: iteration.step(state))
+    iterates = [state.at.ys]
     while iteration.goes_on(state):
         state = step(state)
         iterates.append(state.at.ys)

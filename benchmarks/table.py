@@ -67,9 +67,13 @@ def in_short(file: Path) -> str:
                 for row in rows
                 if (row["task"], row["what"]) == (task, what)
             }
-            times = [members[i]["median_ms"] if i in members else None for i in range(3)]
+            times = [
+                members[i]["median_ms"] if i in members else None for i in range(3)
+            ]
             show = lambda x: "not measured" if x is None else f"{x:,.3g} ms"
-            label = f"{task[0].upper()}{task[1:]}" if what == "value" else "... gradient"
+            label = (
+                f"{task[0].upper()}{task[1:]}" if what == "value" else "... gradient"
+            )
             cells.append([label, *(show(x) for x in times)])
     return _markdown(["", *names], cells)
 
