@@ -37,7 +37,7 @@ $(VENV)/docs-installed: $(VENV)/installed
 
 # Strict: what links nowhere is an error.
 site: $(VENV)/docs-installed
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The examples in it as well, and the site in a browser.
 docs: site

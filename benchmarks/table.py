@@ -70,12 +70,16 @@ def in_short(file: Path) -> str:
             times = [
                 members[i]["median_ms"] if i in members else None for i in range(3)
             ]
-            show = lambda x: "not measured" if x is None else f"{x:,.3g} ms"
+            show = lambda x: "not measured" if x is None else _time(x)
             label = (
                 f"{task[0].upper()}{task[1:]}" if what == "value" else "... gradient"
             )
             cells.append([label, *(show(x) for x in times)])
     return _markdown(["", *names], cells)
+
+
+def _time(ms: float) -> str:
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
 
 
 def _kind(name: str) -> int:

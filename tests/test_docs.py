@@ -1,5 +1,6 @@
 """The documents are true: their examples run, and all that is public is in them."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -64,8 +65,11 @@ def test_dependencies():
     declared = set(re.findall(r'"([a-z]+)', declared))
     imported = set()
     for path in (root / "diffrax_deer").rglob("*.py"):
-        found = re.findall(r"^ *(?:import|from) ([a-z_]\w*)", path.read_text(), re.M)
-        imported |= set(found)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(str(node.module).split(".")[0])
     optional = {"matplotlib"}  # For `Report.plot`, which says so.
     assert imported - set(sys.stdlib_module_names) - optional == declared
 
