@@ -180,8 +180,8 @@ def deer_scan(
             (solution.result != RESULTS.successful) & jnp.invert(is_nonfinite),
             "`deer_scan` has not converged within `max_iters` iterations. Pass a "
             "larger `max_iters` (by default there are as many as may be needed), or a "
-            "better `guess`. A recurrence that is chaotic takes as many iterations as it "
-            "has elements: use `jax.lax.scan`.",
+            "better `guess`. A recurrence that is chaotic takes as many iterations as "
+            "it has elements: use `jax.lax.scan`.",
         ),
     ]
     return eqx.combine(error_if_any(floats, errors), others)

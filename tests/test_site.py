@@ -1,14 +1,14 @@
 """The site in a browser: after `make site`, and if there is Chromium."""
 
 import functools as ft
-import html
 import http.server
 import json
-import re
+import queue
 import shutil
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 PAGES = ("", "how-it-works/", "adjoints/", "benchmarks/", "api/solver/", "studies/")
 # In frames of the same origin, of which everything can be asked.
-HARNESS = """<body><pre id="out"></pre><script>
+HARNESS = """<body><script>
 const pages = %s, found = [];
 const sleep = ms => new Promise(done => setTimeout(done, ms));
 async function look(page, width) {
@@ -51,7 +51,7 @@ async function look(page, width) {
     for (const width of [390, 1280])
       await look(page, width);
   await look("?q=DeerSolver", 1280);
-  document.getElementById("out").textContent = JSON.stringify(found);
+  fetch("/found", {method: "POST", body: JSON.stringify(found)});
 })();
 </script></body>"""
 
@@ -72,6 +72,12 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_POST(self):
+        length = int(self.headers["Content-Length"])
+        cast(Any, self.server).found.put(json.loads(self.rfile.read(length)))
+        self.send_response(204)
+        self.end_headers()
+
     def log_message(self, *args):
         pass
 
@@ -80,25 +86,31 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 def seen(tmp_path_factory):
     handler = ft.partial(_Handler, directory=str(site))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        found = cast(Any, server).found = queue.Queue()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         flags = "headless no-sandbox disable-gpu disable-quic no-first-run"
         flags += " disable-background-networking disable-component-update disable-sync"
-        flags += " enable-logging=stderr virtual-time-budget=60000 dump-dom"
-        out = subprocess.run(
-            [
-                str(chromium),
-                *(f"--{flag}" for flag in flags.split()),
-                f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-                f"http://127.0.0.1:{server.server_address[1]}/harness",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        server.shutdown()
-    [found] = re.findall(r'<pre id="out">(.*?)</pre>', out.stdout, re.DOTALL)
-    console = [line for line in out.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(html.unescape(found)), console
+        flags += " enable-logging=stderr remote-debugging-port=0"
+        directory = tmp_path_factory.mktemp("browser")
+        with (directory / "log").open("w") as log:
+            browser = subprocess.Popen(
+                [
+                    str(chromium),
+                    *(f"--{flag}" for flag in flags.split()),
+                    f"--user-data-dir={directory / 'profile'}",
+                    f"http://127.0.0.1:{server.server_address[1]}/harness",
+                ],
+                stderr=log,
+                stdout=subprocess.DEVNULL,
+            )
+            try:
+                pages = found.get(timeout=90)
+            finally:
+                browser.terminate()
+                browser.wait(timeout=20)
+                server.shutdown()
+    log = (directory / "log").read_text(errors="replace")
+    return pages, [line for line in log.splitlines() if "CONSOLE" in line]
 
 
 def test_pages(seen):
