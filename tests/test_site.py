@@ -78,7 +78,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.send_response(204)
         self.end_headers()
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 
