@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: example example-gru test lint format benchmark clean
+.PHONY: example example-gru test lint format benchmark site docs dist clean
 
 # Installed anew whenever the dependencies change.
 $(VENV)/installed: pyproject.toml
@@ -31,8 +31,31 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Strict: what links nowhere is an error.
+site: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The examples in it as well, and the site in a browser.
+docs: site
+	$(BIN)/python -m pytest -n 2 tests/test_docs.py tests/test_site.py
+
+# In an environment of its own, as whoever installs it has.
+dist: $(VENV)/installed
+	rm -rf dist build/fresh
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet dist/*.whl
+	$(BIN)/python tests/blocks.py README.md > build/fresh/quick_start.py
+	cd build/fresh && bin/python quick_start.py
+
 benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks --suite quick
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build dist site

@@ -20,7 +20,9 @@ def tables(file: Path) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in env.items())
     lines = [f"Measured on: {versions}.", ""]
     for name, reason in content.get("missing", {}).items():
-        lines += [f"{name} was left out: `{reason}`.", ""]
+        absent = "ModuleNotFoundError" in reason
+        why = "it was not installed" if absent else f"`{reason}`"
+        lines += [f"{name} was left out: {why}.", ""]
     chosen = [row for row in rows if row.get("chosen")]
     for task in dict.fromkeys(row["task"] for row in chosen):
         members = [row for row in chosen if row["task"] == task]
@@ -51,6 +53,39 @@ def tables(file: Path) -> str:
         lines += [_span_summary([x for x in summary if x["suite"].startswith(suite)])]
         lines += [""]
     return "\n".join(lines).strip()
+
+
+def in_short(file: Path) -> str:
+    """Every task in a line: what users have, what is fair to compare with, and ours."""
+    rows = [row for row in json.loads(file.read_text())["rows"] if row.get("chosen")]
+    names = ("Tsit5, default", "Tsit5, `DeerAdjoint`", "`DeerSolver`, `DeerAdjoint`")
+    cells = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for what in ("value", "gradient"):
+            members = {
+                _kind(row["name"]): row
+                for row in rows
+                if (row["task"], row["what"]) == (task, what)
+            }
+            times = [
+                members[i]["median_ms"] if i in members else None for i in range(3)
+            ]
+            show = lambda x: "not measured" if x is None else _time(x)
+            label = (
+                f"{task[0].upper()}{task[1:]}" if what == "value" else "... gradient"
+            )
+            cells.append([label, *(show(x) for x in times)])
+    return _markdown(["", *names], cells)
+
+
+def _time(ms: float) -> str:
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
+
+
+def _kind(name: str) -> int:
+    if name.startswith("DeerSolver"):
+        return 2
+    return 1 if "DeerAdjoint" in name else 0
 
 
 def _grid_summary(summary: list[dict[str, Any]]) -> str:
@@ -254,8 +289,14 @@ def _markdown(header, cells):
 
 
 def updated(text: str) -> str:
-    pattern = re.compile(r"(<!-- (\S+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
-    replace = lambda m: f"{m[1]}\n{tables(RESULTS / m[2])}\n\n{m[3]}"
+    pattern = re.compile(
+        r"(<!-- (\S+\.json)(, in short)? -->\n).*?(<!-- end -->)", re.DOTALL
+    )
+
+    def replace(m):
+        made = tables if m[3] is None else in_short
+        return f"{m[1]}\n{made(RESULTS / m[2])}\n\n{m[4]}"
+
     return pattern.sub(replace, text)
 
 

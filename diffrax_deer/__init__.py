@@ -1,3 +1,5 @@
+import importlib.metadata
+
 from ._adjoint import DeerAdjoint as DeerAdjoint
 from ._collocation import (
     AbstractCollocation as AbstractCollocation,
@@ -47,3 +49,6 @@ from ._window import (
     Discretisation as Discretisation,
     Iterate as Iterate,
 )
+
+
+__version__ = importlib.metadata.version("diffrax-deer")

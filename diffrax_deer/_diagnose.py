@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,11 +12,19 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from diffrax import (
+    AbstractAdaptiveStepSizeController,
+    AbstractAdjoint,
+    AbstractERK,
+    AbstractProgressMeter,
+    AbstractSolver,
     AbstractStepSizeController,
     AbstractTerm,
     AbstractWrappedSolver,
     ConstantStepSize,
     diffeqsolve,
+    Event,
+    NoProgressMeter,
+    RecursiveCheckpointAdjoint,
     RESULTS,
     SaveAt,
 )
@@ -23,14 +32,20 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from ._checks import check_instance
-from ._custom_types import RealScalarLike
-from ._guess import ConstantGuess
-from ._iterate import Iteration, State
+from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
+from ._guess import AbstractGuess, ConstantGuess
+from ._iterate import Iteration, JointSolution, State
 from ._linear_algebra import matvec
-from ._method import AbstractDampedMethod, DEER
+from ._method import DEER, ELK
 from ._solver import DeerSolver
 from ._state import DeerState
-from ._window import AbstractWindow, Iterate
+from ._window import (
+    AbstractWindow,
+    Discretisation,
+    Iterate,
+    tableau_of,
+    uniform_grid,
+)
 
 
 # No more iterations of each window than these are kept.
@@ -40,6 +55,13 @@ _TARGET = 10
 _FEW = 5
 # From this size of the state on, Jacobians take more memory than all else.
 _LARGE = 64
+# An explicit step is unstable where it amplifies a perturbation by this much more than
+# the differential equation does. Close to that it is where the step is this many times
+# as long as the shortest time scale.
+_UNSTABLE = 2.0
+_STIFF = 2.0
+# To solve jointly should shorten the span at least by this factor.
+_WORTHWHILE = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +85,21 @@ class Report:
     - `fractions`: when the substeps of each window begin and end, from 0 to 1.
     - `required_substeps`: how many substeps it takes, in each window, to be as accurate
         as `AdaptiveGrid(rtol=..., atol=...)` asks for. `None` if nothing is asked for.
+    - `span`: the sum of these, over all windows, those that were rejected included.
     - `lyapunov`: an estimate of the largest Lyapunov exponent, the rate (in one unit of
         time) at which nearby solutions diverge, or if negative converge. NaN if there
         is nothing to estimate it from.
+    - `sequential`: how many evaluations of the vector field follow one another if the
+        wrapped solver is used by itself in the same call (or on the same grid, with
+        constant steps). `None` if it is implicit.
+    - `is_sequential`: whether the guess was the solution already, found by one step
+        after the other, so that nothing was solved jointly. This is so on a CPU, by
+        default.
+    - `amplification`: the largest factor, over all substeps, by which the wrapped
+        solver amplifies a perturbation and the differential equation does not. If it is
+        explicit, and this is more than 2, then it is unstable. NaN if unknown.
+    - `stiffness`: how many times the shortest time scale of the differential equation
+        fits into a substep, at most; the median of all windows. NaN if unknown.
     - `memory`: the bytes of memory that XLA allocates to solve a window, not including
         the output. `None` if it does not tell.
     - `recommended_substeps`: how many substeps to solve at once, if that should be
@@ -85,6 +119,11 @@ class Report:
     fractions: np.ndarray
     required_substeps: int | None
     lyapunov: float
+    span: int
+    sequential: int | None
+    is_sequential: bool
+    amplification: float
+    stiffness: float
     memory: int | None
     # What was asked for: over how long a time, and who chose the windows.
     duration: float
@@ -110,13 +149,16 @@ class Report:
                 f"{windows} of {solver.substeps} substeps, and {self.num_rejected} "
                 f"rejected; state of size {self.size}"
             ),
-            "result": "successful" if okay else RESULTS[self.result].splitlines()[0],
+            "result": "successful" if okay else _reason(self),
         }
         if windows > 0:
             rows["iterations"] = (
                 f"{np.median(iterations):.0f} (median), {np.max(iterations)} (most)"
             )
-            rows["span"] = f"{np.sum(self.sequential_evaluations)} evaluations in a row"
+            rows["span"] = f"{self.span} evaluations in a row"
+            if self.sequential is not None and not self.is_sequential:
+                alone = f"{name(solver.solver)} by itself"
+                rows["span"] += f", {alone} {self.sequential}"
             final = max(residuals[-1] for residuals in self.residuals)
             rows["last residual"] = f"{final:.1e}"
         rows["Lyapunov exponent"] = f"{self.lyapunov:.2g}"
@@ -170,14 +212,23 @@ def diagnose(
     y0: PyTree[Any],
     args: PyTree[Any] = None,
     *,
+    saveat: SaveAt = SaveAt(t1=True),
     stepsize_controller: AbstractStepSizeController = ConstantStepSize(),
-    max_steps: int = 4096,
+    adjoint: AbstractAdjoint = RecursiveCheckpointAdjoint(),
+    event: Event | None = None,
+    max_steps: int | None = 4096,
+    throw: bool = True,
+    progress_meter: AbstractProgressMeter = NoProgressMeter(),
+    solver_state: DeerState | None = None,
+    controller_state: PyTree[Any] | None = None,
+    made_jump: BoolScalarLike | None = None,
 ) -> Report:
     """Solves a differential equation, looks at how that went, and says what to change.
 
     Solutions that can be predicted are found in parallel, in few iterations. Where
     nearby solutions diverge quickly (the largest Lyapunov exponent is positive and
-    large), windows must be short, or the guess good.
+    large), windows must be short, or the guess good. Where the span is no shorter than
+    that of the wrapped solver by itself, this says to stay with that.
 
     !!! example
 
@@ -189,9 +240,15 @@ def diagnose(
 
     **Arguments:**
 
-    - `terms`, `t0`, `t1`, `dt0`, `y0`, `args`, `stepsize_controller`, `max_steps`: as
-        for `diffrax.diffeqsolve`.
+    As for `diffrax.diffeqsolve`, so that a call of it can be turned into one of this.
+
     - `solver`: the [`diffrax_deer.DeerSolver`][] to look at.
+    - `saveat`, `adjoint`, `throw`, `progress_meter`: are not used, as they do not
+        change how windows are solved. (But [`diffrax_deer.DeerAdjoint`][] merges the
+        steps of `DeerSolver(substeps=1)`. Here, pass `substeps` and `dt0` of the merged
+        windows instead.)
+    - `max_steps`: of everything there are this many windows in memory. `None` is as
+        many as the default.
 
     **Returns:**
 
@@ -214,28 +271,51 @@ def diagnose(
         }
         ```
     """
+    del saveat, adjoint, throw, progress_meter
     check_instance(solver, DeerSolver, "diagnose(solver=...)")
     inputs = jtu.tree_leaves((terms, solver, t0, t1, dt0, y0, args))
     if any(isinstance(x, jax.core.Tracer) for x in inputs):
         raise TypeError("`diagnose` cannot be used inside of `jax.jit`.")
     max_iters = _MAX_HISTORY if solver.max_iters is None else solver.max_iters
-    observed = _Observed(solver, min(max_iters, _MAX_HISTORY) + 1)
+    spans: list[int] = []
+    observed = _Observed(
+        *(solver, min(max_iters, _MAX_HISTORY) + 1),
+        # Diffrax forgets all about windows that are rejected.
+        tell=lambda span: spans.append(int(span)),
+    )
+    if solver_state is not None:
+        solver_state = observed.with_direction(solver_state, y0)  # pyright: ignore
+    max_steps = 4096 if max_steps is None else max_steps
 
-    @eqx.filter_jit
-    def solve(terms, t0, t1, dt0, y0, args, stepsize_controller):
+    def solve(solver, max_steps, **kwargs):
         return diffeqsolve(
-            *(terms, observed, t0, t1, dt0, y0, args),
+            *(terms, solver, t0, t1, dt0, y0, args),
             stepsize_controller=stepsize_controller,
-            saveat=SaveAt(dense=True),
+            event=event,
             max_steps=max_steps,
             throw=False,
+            made_jump=made_jump,
+            **kwargs,
         )
 
-    sol = solve(terms, t0, t1, dt0, y0, args, stepsize_controller)
+    sol = solve(
+        observed,
+        max_steps,
+        saveat=SaveAt(dense=True),
+        solver_state=solver_state,
+        controller_state=controller_state,
+    )
+    jax.effects_barrier()
     assert sol.interpolation is not None
     accepted = int(sol.stats["num_accepted_steps"])
     infos = jtu.tree_map(lambda x: np.asarray(x)[:accepted], sol.interpolation.infos)
     ts = np.asarray(sol.interpolation.direction * sol.interpolation.ts[: accepted + 1])
+    is_adaptive = isinstance(stepsize_controller, AbstractAdaptiveStepSizeController)
+    if is_adaptive and _is_explicit(solver.solver):
+        alone = solve(solver.solver, max_steps * solver.substeps)
+        steps = int(alone.stats["num_steps"])
+    else:
+        steps = accepted * solver.substeps
     # Those that were forgotten were in the middle.
     num_iterations = infos["num_iterations"].astype(int)
     kept = np.minimum(num_iterations, observed.history - 1) + 1
@@ -258,10 +338,39 @@ def diagnose(
             int(np.max(infos["required"], initial=0)) if "required" in infos else None
         ),
         lyapunov=growth / solved if solved > 0 and size > 0 else math.nan,
-        memory=_memory(terms, solver, ts, y0, args),
+        span=sum(spans),
+        sequential=_evaluations(solver.solver, steps),
+        is_sequential=bool(np.any(infos["is_sequential"] == 1)),
+        amplification=_summary(np.max, infos["amplification"]),
+        stiffness=_summary(np.median, infos["stiffness"]),
+        memory=_memory(terms, solver, ts, y0, args, stepsize_controller),
         duration=abs(float(t1) - float(t0)),
-        is_adaptive=not isinstance(stepsize_controller, ConstantStepSize),
+        is_adaptive=is_adaptive,
     )
+
+
+def _is_explicit(solver: AbstractSolver) -> bool:
+    """Whether it is known how many evaluations a step takes."""
+    tableau = tableau_of(solver)
+    return tableau is None or tableau.is_explicit
+
+
+def _evaluations(solver: AbstractSolver, steps: int) -> int | None:
+    """How many evaluations these steps take, one after the other. (Of a solver that is
+    no Runge--Kutta method, how many steps.)"""
+    tableau = tableau_of(solver)
+    if tableau is None:
+        return steps
+    elif not tableau.is_explicit:
+        return None
+    # The last stage of a step may be the first one of the next.
+    is_reused = isinstance(solver, AbstractERK) and solver.tableau.fsal  # pyright: ignore
+    return (tableau.stages - 1) * steps + 1 if is_reused else tableau.stages * steps
+
+
+def _summary(fn, x: np.ndarray) -> float:
+    x = x[np.isfinite(x)]
+    return float(fn(x)) if len(x) > 0 else math.nan
 
 
 class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
@@ -269,6 +378,7 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
 
     solver: DeerSolver
     history: int = eqx.field(static=True)
+    tell: Callable[[Array], None] = eqx.field(static=True)
 
     @property
     def term_structure(self):
@@ -307,44 +417,99 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args):
+        return self.with_direction(self.solver.init(terms, t0, t1, y0, args), y0)
+
+    def with_direction(self, state: DeerState, y0) -> tuple[DeerState, Array]:
         flat_y0, _ = ravel_pytree(y0)
-        direction = jr.normal(jr.key(0), flat_y0.shape, flat_y0.dtype)
-        return self.solver.init(terms, t0, t1, y0, args), direction
+        flat_y0 = flat_y0.astype(jtu.tree_leaves(state.ys)[0].dtype)
+        return state, jr.normal(jr.key(0), flat_y0.shape, flat_y0.dtype)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         deer_state, direction = solver_state
         del made_jump
-        solved = self.solver.solve_window(terms, t0, t1, y0, args, deer_state)
-        problem, at, result = solved.problem, solved.at, solved.result
-        iteration = self.solver.iteration(problem)
-        guess, _ = self.solver.first_guess(problem, deer_state)
-        state, residuals, fronts = _observe(iteration, guess, self.history)
-        growth, direction = _growth(problem.window, at, direction)
-        # As floating point numbers, for Diffrax fills what it does not use with `inf`.
-        required = solved.state.required_substeps
+        solver = self.solver
+        ts = uniform_grid(t0, t1, solver.substeps)
+        problem = Discretisation(solver.solver, terms, args, ts[:-1], ts[1:], y0)
+        is_sequential = solver.guess.is_solution(problem)
+        if is_sequential or not solver.grid.is_uniform:
+            solved = solver.solve_window(terms, t0, t1, y0, args, deer_state)
+            problem, at = solved.problem, solved.at
+            if not is_sequential:
+                # How it would go on the grid that was found.
+                at, _ = solver.first_guess(problem, deer_state)
+            seen = _observe(solver.iteration(problem), at, self.history)
+            result = solved.result
+        else:
+            iteration = solver.iteration(problem)
+            guess, span = solver.first_guess(problem, deer_state)
+            seen = _observe(iteration, guess, self.history)
+            solution = iteration.solution(seen.state)
+            # What is known need not be solved for again.
+            known = dataclasses.replace(solver, guess=_Known(solution, span))
+            solved = known.solve_window(terms, t0, t1, y0, args, deer_state)
+            okay = solution.result == RESULTS.successful
+            result = RESULTS.where(okay, solved.result, solution.result)
+        jax.debug.callback(self.tell, solved.state.sequential_evaluations)
+        growth, amplification, stiffness, direction = _linearised(
+            problem.window, solved.at, direction
+        )
+        dtype = solved.at.ys.dtype
         # Or it has been solved, but is not accurate enough.
         okay = (result == RESULTS.successful) | (result == RESULTS.dt_min_reached)
+        # As floating point numbers, for Diffrax fills what it does not use with `inf`.
         info = dict(
-            okay=okay.astype(at.ys.dtype),
-            num_iterations=state.num_iterations.astype(at.ys.dtype),
-            span=solved.state.sequential_evaluations.astype(at.ys.dtype),
-            residuals=residuals,
-            fronts=fronts,
+            okay=okay.astype(dtype),
+            num_iterations=seen.state.num_iterations.astype(dtype),
+            span=solved.state.sequential_evaluations.astype(dtype),
+            residuals=seen.residuals,
+            fronts=seen.fronts,
             growth=growth,
+            amplification=amplification,
+            stiffness=stiffness,
             fractions=problem.fractions,
+            is_sequential=jnp.asarray(is_sequential, dtype),
         )
-        if required is not None:
-            info["required"] = required.astype(at.ys.dtype)
+        if solved.state.required_substeps is not None:
+            info["required"] = solved.state.required_substeps.astype(dtype)
         state = solved.state, direction
-        return solved.y1, solved.y_error, info, state, result
+        # A failure rejects the window, as it would without being looked at.
+        failed = result != RESULTS.successful
+        select = lambda x, y: jtu.tree_map(lambda x, y: jnp.where(failed, x, y), x, y)
+        y_error = solved.y_error
+        if y_error is not None:
+            inf = jtu.tree_map(lambda y: jnp.full_like(y, jnp.inf), y_error)
+            y_error = select(inf, y_error)
+        return select(y0, solved.y1), y_error, info, state, result
+
+
+class _Known(AbstractGuess):
+    """The solution of a window, and the span of what it began with."""
+
+    solution: JointSolution
+    span: IntScalarLike
+
+    def is_solution(self, problem):
+        # It is not that on the coarser grid of an error estimate.
+        return problem.substeps == len(self.solution.at.ys)
+
+    def __call__(self, problem, previous):
+        del problem, previous
+        return self.solution.at, self.solution.span + self.span
+
+
+class _Seen(eqx.Module):
+    state: State
+    # Before each iteration, and after the last one.
+    residuals: Array
+    fronts: Array
 
 
 def _no_interpolation(**kwargs):
     return None
 
 
-def _observe(iteration: Iteration, guess: Iterate, history: int):
-    """The iteration once more, keeping its residuals and fronts."""
+def _observe(iteration: Iteration, guess: Iterate, history: int) -> _Seen:
+    """The iteration, keeping its residuals and fronts."""
     window = iteration.window
 
     def look(state: State, residuals, fronts):
@@ -369,14 +534,15 @@ def _observe(iteration: Iteration, guess: Iterate, history: int):
         body,
         (iteration.init(guess), *empty),
     )
-    return state, *look(state, *kept)
+    return _Seen(state, *look(state, *kept))
 
 
-def _growth(window: AbstractWindow, at: Iterate, direction: Array):
-    """By how much a small perturbation grows over the window, as a logarithm, and where
-    it points to at its end."""
+def _linearised(window: AbstractWindow, at: Iterate, direction: Array):
+    """By how much a small perturbation grows over the window, as a logarithm, how
+    unstable and how stiff it is, and where the perturbation points to at its end."""
     tiny = jnp.finfo(direction.dtype).tiny
     _, jacobians = DEER().linearise(window, window.points(at))
+    J = jacobians()
 
     def body(direction, A):
         moved = matvec(A, direction)
@@ -386,19 +552,45 @@ def _growth(window: AbstractWindow, at: Iterate, direction: Array):
         return jnp.where(okay, moved / norm, direction), jnp.log(norm)
 
     direction = direction / jnp.maximum(jnp.linalg.norm(direction), tiny)
-    A = window.eliminate(jacobians()).A
+    A = window.eliminate(J).A
     direction, growth = lax.scan(body, direction, A)
-    return jnp.sum(growth), direction
+    return jnp.sum(growth), *_stability(window, A, J), direction
 
 
-def _memory(terms, solver, ts, y0, args) -> int | None:
+def _stability(window: AbstractWindow, A: Array, J: Array) -> tuple[Array, Array]:
+    """By what factor the substeps amplify perturbations where the differential equation
+    does not, and how many time scales they are long: the largest of each."""
+    size = A.shape[-1]
+    if window.stages == (0, 0) or size == 0:
+        # Nothing is known of what is inside of a substep.
+        return jnp.array(jnp.nan, A.dtype), jnp.array(jnp.nan, A.dtype)
+    # Of the increments of all stages, which are in proportion to the step size.
+    J = jnp.sum(J, axis=1)
+    # No norm is smaller than this.
+    norm = lambda x: jnp.sqrt(jnp.sum(x**2, axis=(-2, -1)) / size)
+    # The differential equation amplifies by no more than the exponential of this.
+    # (Gershgorin's circles of the symmetric part: its logarithmic norm is inside.)
+    symmetric = (J + jnp.swapaxes(J, -2, -1)) / 2
+    diagonal = jnp.diagonal(symmetric, axis1=-2, axis2=-1)
+    others = jnp.sum(jnp.abs(symmetric), axis=-1) - jnp.abs(diagonal)
+    bound = jnp.max(diagonal + others, axis=(-2, -1))
+    amplification = norm(A) * jnp.exp(-jnp.maximum(bound, 0))
+    largest = lambda x: jnp.max(jnp.where(jnp.isfinite(x), x, 0), initial=0)
+    return largest(amplification), largest(norm(J))
+
+
+def _memory(terms, solver, ts, y0, args, stepsize_controller) -> int | None:
     if len(ts) < 2:
         return None
+    # Whose tolerances an implicit solver may take.
+    if not isinstance(stepsize_controller, AbstractAdaptiveStepSizeController):
+        stepsize_controller = ConstantStepSize()
 
     def solve(y0):
         # A single window.
         return diffeqsolve(
             *(terms, solver, ts[0], ts[1], ts[1] - ts[0], y0, args),
+            stepsize_controller=stepsize_controller,
             saveat=SaveAt(t1=True),
             max_steps=1,
             throw=False,
@@ -409,12 +601,46 @@ def _memory(terms, solver, ts, y0, args) -> int | None:
     return getattr(analysis, "temp_size_in_bytes", None)
 
 
+def _reason(report: Report) -> str:
+    """Why there is no solution."""
+    if report.result == RESULTS.nonlinear_max_steps_reached:
+        return "a window has not converged within `max_iters` iterations"
+    elif report.result == RESULTS.nonfinite:
+        return "a window has got nonfinite values (inf or NaN)"
+    elif report.required_substeps is not None and (
+        report.result == RESULTS.dt_min_reached
+    ):
+        return "less accurate than `AdaptiveGrid(rtol=..., atol=...)` asks for"
+    else:
+        return RESULTS[report.result].splitlines()[0]
+
+
+def _is_unstable(report: Report) -> bool:
+    return (
+        issubclass(type(report.solver.solver), AbstractERK)
+        and report.amplification > _UNSTABLE
+    )
+
+
+def _is_stiff(report: Report) -> bool:
+    """Whether an adaptive controller has made explicit steps as long as they could be
+    without being unstable."""
+    return (
+        issubclass(type(report.solver.solver), AbstractERK)
+        and report.is_adaptive
+        and report.stiffness > _STIFF
+    )
+
+
 def _recommended_substeps(report: Report) -> int | None:
     if len(report.num_iterations) == 0:
         return None
     substeps, most = report.solver.substeps, np.max(report.num_iterations)
     if report.result == RESULTS.dt_min_reached and report.required_substeps is not None:
         return report.required_substeps
+    if report.is_sequential or _is_unstable(report) or _is_stiff(report):
+        # It is something else that should be changed.
+        return None
     failed = report.result != RESULTS.successful
     if failed or most > 1.5 * _TARGET:
         # What has been solved in time.
@@ -427,58 +653,98 @@ def _recommended_substeps(report: Report) -> int | None:
 
 
 def _advice(report: Report) -> list[str]:
-    solver, num_substeps = report.solver, report.recommended_substeps
     if len(report.num_iterations) == 0:
         return ["There is not a single window to look at."]
     length = float(np.max(np.abs(np.diff(report.ts))))
-    is_damped = isinstance(solver.method, AbstractDampedMethod)
-    advice = []
+    return [
+        *_advice_on_windows(report, length),
+        *_advice_on_span(report),
+        *_advice_on_growth(report, length),
+        *_advice_on_cost(report),
+    ]
 
-    if num_substeps is None:
-        advice.append("The windows are about as long as they should be.")
-    elif num_substeps == report.required_substeps:
-        advice.append(
+
+def _advice_on_windows(report: Report, length: float) -> list[str]:
+    solver, num_substeps = report.solver, report.recommended_substeps
+    name = type(solver.solver).__name__
+    if num_substeps is not None and num_substeps == report.required_substeps:
+        return [
             "These are too few substeps for the tolerance of the `AdaptiveGrid`. Try "
             f"`substeps={num_substeps}`."
-        )
-    else:
-        new = f"`substeps={num_substeps}`"
-        if not report.is_adaptive:
-            new += f" and `dt0={num_substeps / solver.substeps * length:.3g}`"
-        if num_substeps > solver.substeps:
-            advice.append(f"Few iterations. Try longer windows: {new}.")
-        else:
-            advice.append(
-                f"In {_TARGET} iterations the first {num_substeps} of "
-                f"{solver.substeps} substeps are solved. Try shorter windows: {new}."
-            )
-            if isinstance(solver.guess, ConstantGuess):
-                advice.append(
-                    "Or try a better guess: `guess=AutoGuess()`, or a `NestedGuess`."
-                )
-            if not is_damped:
-                name = "ELK" if report.size < _LARGE else "QuasiELK"
-                advice.append(f"Or try to damp the iteration: `method={name}()`.")
-    if report.lyapunov * length > 1:
-        factor = math.exp(min(report.lyapunov * length, 700))
-        advice.append(
-            f"Within a window, nearby solutions diverge by a factor of {factor:.2g}. "
-            "Then it takes a good guess to solve it in few iterations. Over a length "
-            f"of {1 / report.lyapunov:.2g} it is a factor of e."
-        )
-    elif math.isfinite(report.lyapunov):
-        advice.append(
-            "Nearby solutions hardly diverge within a window: it can be predicted."
-        )
+        ]
+    if _is_unstable(report):
+        step = length / solver.substeps
+        return [
+            f"`{name}` is unstable at steps of {step:.2g}, sequentially as well: one "
+            f"of them amplifies perturbations {report.amplification:.2g} times, where "
+            "the differential equation does not. Shorter windows of the same steps "
+            "change nothing. The problem is stiff: use an implicit solver, for example "
+            "`RadauIIA(3)`, or much shorter steps."
+        ]
+    if _is_stiff(report):
+        return [
+            f"The steps of `{name}` are as long as they can be without being unstable. "
+            "The problem is stiff: use an implicit solver, for example `RadauIIA(3)`."
+        ]
+    if report.is_sequential:
+        return [
+            "The guess is the solution, made by one step after the other, as suits a "
+            "CPU: nothing was solved jointly. With `guess=ConstantGuess()` this says "
+            "what a GPU would do."
+        ]
+    if num_substeps is None:
+        return ["The windows are about as long as they should be."]
+    new = f"`substeps={num_substeps}`"
+    if not report.is_adaptive:
+        new += f" and `dt0={num_substeps / solver.substeps * length:.3g}`"
+    if num_substeps > solver.substeps:
+        return [f"Few iterations. Try longer windows: {new}."]
+    advice = [
+        f"In {_TARGET} iterations the first {num_substeps} of {solver.substeps} "
+        f"substeps are solved. Try shorter windows: {new}."
+    ]
+    if isinstance(solver.guess, ConstantGuess):
+        advice.append("Or try a better guess, for example `guess=NestedGuess()`.")
+    return advice
+
+
+def _advice_on_span(report: Report) -> list[str]:
+    if report.sequential is None or report.is_sequential:
+        return []
+    if _is_unstable(report) or report.result != RESULTS.successful:
+        return []
+    shorter = report.sequential / max(report.span, 1)
+    if shorter >= _WORTHWHILE:
+        return []
+    return [
+        f"Stay sequential: `{type(report.solver.solver).__name__}` by itself takes "
+        f"{report.sequential} evaluations in a row, and this {report.span}."
+    ]
+
+
+def _advice_on_growth(report: Report, length: float) -> list[str]:
+    if not math.isfinite(report.lyapunov) or _is_unstable(report):
+        return []
+    if report.lyapunov * length <= 1:
+        return ["Nearby solutions hardly diverge within a window: it can be predicted."]
+    factor = math.exp(min(report.lyapunov * length, 700))
+    return [
+        f"Within a window, nearby solutions diverge by a factor of {factor:.2g}. Then "
+        "it takes a good guess to solve it in few iterations. Over a length of "
+        f"{1 / report.lyapunov:.2g} it is a factor of e."
+    ]
+
+
+def _advice_on_cost(report: Report) -> list[str]:
+    advice = []
     if report.num_rejected > len(report.num_iterations):
         advice.append(
             "Most windows were rejected. With a small `max_iters` those that do not "
             "converge are given up sooner."
         )
-    if report.size >= _LARGE:
-        name = "QuasiELK" if is_damped else "QuasiDEER"
+    if report.size >= _LARGE and isinstance(report.solver.method, (DEER, ELK)):
         advice.append(
-            f"The state is large. Compare with `method={name}()`, which needs less "
+            "The state is large. Compare with `method=QuasiDEER()`, which needs less "
             "memory."
         )
     return advice

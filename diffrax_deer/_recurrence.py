@@ -20,6 +20,7 @@ from ._checks import (
     check_trajectory,
 )
 from ._custom_types import RealScalarLike
+from ._failure import error_if_any
 from ._implicit import with_derivative, without_gradient
 from ._iterate import Iteration
 from ._method import AbstractMethod, DEER
@@ -167,8 +168,23 @@ def deer_scan(
     floats, others = eqx.partition(out, eqx.is_inexact_array)
     if len(jtu.tree_leaves(floats)) == 0:
         return out
-    failed = solution.result != RESULTS.successful
-    return eqx.combine(solution.result.error_if(floats, failed), others)
+    is_nonfinite = solution.result == RESULTS.nonfinite
+    errors = [
+        (
+            is_nonfinite,
+            "`deer_scan` has got nonfinite values (inf or NaN). Either `init` or `xs` "
+            "contain them, or `f` returns them: for the solution itself, or (if "
+            "`max_iters` is small) for an iterate far from it.",
+        ),
+        (
+            (solution.result != RESULTS.successful) & jnp.invert(is_nonfinite),
+            "`deer_scan` has not converged within `max_iters` iterations. Pass a "
+            "larger `max_iters` (by default there are as many as may be needed), or a "
+            "better `guess`. A recurrence that is chaotic takes as many iterations as "
+            "it has elements: use `jax.lax.scan`.",
+        ),
+    ]
+    return eqx.combine(error_if_any(floats, errors), others)
 
 
 def deer_scan_solution(

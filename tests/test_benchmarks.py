@@ -12,7 +12,9 @@ from benchmarks.table import updated
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("path", DOCS.glob("*.md"), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*DOCS.glob("*.md"), DOCS.parent / "README.md"], ids=lambda path: path.name
+)
 def test_documents(path):
     # Otherwise run `python -m benchmarks.table docs/...`.
     text = path.read_text()

@@ -1,5 +1,6 @@
 """The report on a solve says what the solve itself does, and gives sound advice."""
 
+import inspect
 from typing import Any, cast
 
 import diffrax
@@ -17,9 +18,10 @@ from diffrax_deer import (
     diagnose,
     ELK,
     QuasiDEER,
+    RadauIIA,
 )
 
-from .helpers import diffeqsolve
+from .helpers import diffeqsolve, SaveAt
 
 
 matplotlib.use("Agg")
@@ -52,9 +54,13 @@ def test_single_window():
     # The vector field and its Jacobian, each time.
     assert report.sequential_evaluations[0] <= 2 * report.num_iterations[0]
     assert f"{report.sequential_evaluations[0]} evaluations" in str(report)
-    # Only with other windows, another guess, or another method.
-    for word in ("substeps=", "AutoGuess()", "ELK()"):
+    # What would follow one another otherwise.
+    assert report.span == report.sequential_evaluations[0]
+    assert report.sequential == 6 * 256 + 1
+    # Only with other windows or another guess: damping hardly ever pays.
+    for word in ("substeps=", "NestedGuess()"):
         assert word in str(report)
+    assert "ELK" not in str(report)
     figure = report.plot()
     assert len(figure.axes) == 2
     plt.close(figure)
@@ -92,6 +98,8 @@ def test_adaptive_and_chaotic():
     assert report.ts[0] == 0 and report.ts[-1] == 100
     assert len(report.ts) == len(report.num_iterations) + 1
     assert report.num_rejected > 0
+    # Rejected windows took their time, too.
+    assert report.span > report.sequential_evaluations.sum()
     # It is 0.906. (Sprott, Chaos and Time-Series Analysis, 2003.)
     assert 0.75 < report.lyapunov < 1.05
 
@@ -130,7 +138,70 @@ def test_memory_and_large_states():
     full, diagonal = report(ELK()), report(QuasiDEER())
     assert full.memory is not None and diagonal.memory is not None
     assert full.memory > 4 * 32 * size**2 > diagonal.memory
-    assert "QuasiELK" in str(full)
+    assert "QuasiDEER" in str(full) and "QuasiDEER()" not in str(diagonal)
+
+
+def test_on_a_cpu():
+    # Where the default is the wrapped solver.
+    report = diagnose(ODETerm(_van_der_pol), DeerSolver(tsit5, 64), 0, 5, 5, y0)
+    assert report.is_sequential and report.recommended_substeps is None
+    assert "nothing was solved jointly" in str(report)
+
+
+def test_unstable():
+    # Not only would shorter windows of the same steps not help, nor is this a solution.
+    term = ODETerm(lambda t, y, args: -1000 * (y - jnp.cos(t)))
+    solver = DeerSolver(tsit5, 64, guess=ConstantGuess())
+    report = diagnose(term, solver, 0, 1, 1, jnp.zeros(1))
+    assert report.recommended_substeps is None
+    assert report.amplification > 1e3
+    assert "unstable" in str(report) and "RadauIIA" in str(report)
+    # As it says.
+    report = diagnose(
+        *(term, DeerSolver(RadauIIA(3), 64), 0, 1, 1, jnp.zeros(1)),
+        stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-6),
+    )
+    assert report.result == RESULTS.successful
+    assert "unstable" not in str(report) and report.sequential is None
+    assert report.memory is not None
+
+
+def test_stay_sequential():
+    # The logistic map, which is chaotic: nearly as many iterations as steps.
+    term = ODETerm(lambda t, y, args: 2.9 * y * (1 - y))
+    solver = DeerSolver(diffrax.Euler(), 64, guess=ConstantGuess())
+    report = diagnose(term, solver, 0, 64, 64, jnp.array(0.3))
+    assert report.result == RESULTS.successful
+    assert report.sequential == 64 < report.span
+    assert "Stay sequential" in str(report)
+
+
+def test_arguments_of_diffeqsolve():
+    # All of them, as in a call of `diffeqsolve`, and what matters is passed on.
+    kwargs = dict(
+        saveat=SaveAt(ts=jnp.linspace(0, 1, 3), solver_state=True),
+        stepsize_controller=diffrax.ConstantStepSize(),
+        adjoint=DeerAdjoint(),
+        event=diffrax.Event(lambda t, y, args, **kwargs: y[0] < 1.5),
+        max_steps=None,
+        throw=True,
+        progress_meter=diffrax.NoProgressMeter(),
+        solver_state=None,
+        controller_state=None,
+        made_jump=None,
+    )
+    assert set(kwargs) <= set(inspect.signature(diffrax.diffeqsolve).parameters)
+    solver = DeerSolver(tsit5, 8, guess=ConstantGuess())
+    call = (ODETerm(_van_der_pol), solver, 0, 8, 0.5, y0)
+    report = diagnose(*call, **cast(Any, kwargs))
+    assert report.result == RESULTS.event_occurred
+    assert report.ts[-1] < 8
+    # A warm start.
+    state = diffeqsolve(
+        *call[:3], 0.5, *call[4:], saveat=SaveAt(t1=True, solver_state=True)
+    ).solver_state
+    report = diagnose(*call, solver_state=state)
+    assert report.num_iterations[0] < report.num_iterations[1]
 
 
 def test_nothing_to_solve():

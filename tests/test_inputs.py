@@ -384,6 +384,28 @@ def test_not_converged():
     assert max_error(sol.ys, exact(term, 0, 6, y0, args).ys) < 1e-5
 
 
+def test_failures_in_our_words():
+    # Where we raise the error, that is, with `DeerAdjoint`.
+    vector_field = lambda t, y, args: jnp.stack([y[1], args * y[1] - y[0] ** 3])
+    solver = DeerSolver(diffrax.Tsit5(), 32, guess=ConstantGuess(), max_iters=2)
+
+    @eqx.filter_jit
+    def solve(y0, args):
+        return _solve(
+            *(vector_field, y0, solver, 0, 6, 6), args=args, adjoint=DeerAdjoint()
+        ).ys
+
+    y0, match = jnp.ones(2), "32 substeps, has not converged within `max_iters=2`"
+    with pytest.raises(eqx.EquinoxRuntimeError, match=match):
+        jax.block_until_ready(solve(y0, 0.1))
+    with pytest.raises(eqx.EquinoxRuntimeError, match="32 substeps, has got nonfinite"):
+        jax.block_until_ready(solve(y0, jnp.nan))
+    with pytest.raises(eqx.EquinoxRuntimeError, match="y0=.*is not finite"):
+        jax.block_until_ready(solve(y0 * jnp.nan, 0.1))
+    with pytest.raises(TypeError, match=r"mean `DeerAdjoint\(\)`"):
+        _solve(vector_field, y0, adjoint=cast(Any, DeerAdjoint), args=0.1)
+
+
 def test_failure_of_the_wrapped_solver():
     # An implicit solver that is not allowed to iterate.
     root_finder = optx.Newton(rtol=1e-10, atol=1e-10)

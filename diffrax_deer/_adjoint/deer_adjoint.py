@@ -9,6 +9,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int
 
 from .._checks import check_one_step_solver, check_positive_int, check_state
+from .._failure import error_if_any
+from .._grid import AdaptiveGrid
 from .._implicit import without_gradient
 from .._solver import DeerSolver
 from .._window import Scheme
@@ -30,6 +32,11 @@ _STEPS_IF_ANY = 2**14
 _MAX_MERGED = 2**14
 _MAX_JACOBIAN_BYTES = 2**26
 _MAX_MERGED_ON_CPU = 32
+
+_DIAGNOSE = (
+    "What to change, `diffrax_deer.diagnose` says: it takes the same arguments as "
+    "`diffeqsolve`."
+)
 
 
 class DeerAdjoint(AbstractAdjoint):
@@ -115,8 +122,10 @@ class DeerAdjoint(AbstractAdjoint):
                 self.max_window_points, "DeerAdjoint(max_window_points=...)"
             )
 
+    # Diffrax calls the method of whatever it is given. Of `adjoint=DeerAdjoint`, which
+    # is easily written, Python would only say that `self` is missing.
     def loop(
-        self,
+        self: Any = None,
         *,
         args,
         terms,
@@ -134,6 +143,11 @@ class DeerAdjoint(AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ) -> Any:
+        if self is None:
+            raise TypeError(
+                "`diffeqsolve(..., adjoint=...)` must be an instance, got the class "
+                "`DeerAdjoint`. Did you mean `DeerAdjoint()`?"
+            )
         # These are caches and guesses, and not differentiable.
         del passed_solver_state, passed_controller_state
         _check(solver, terms, init_state)
@@ -177,7 +191,9 @@ class DeerAdjoint(AbstractAdjoint):
             )
         )
         if throw:
-            recording = _error_if_full(recording, layout)
+            recording, final_state = _error_if_failed(
+                *(recording, final_state, layout, solver, y0, stepsize_controller)
+            )
 
         # ...and then whatever follows from it. Nothing is decided a second time.
         if times is None:
@@ -320,14 +336,58 @@ def _are_repeated(scheme: Scheme) -> bool:
     return jax.default_backend() == "cpu" and scheme.is_explicit
 
 
-def _error_if_full(recording: Recording, layout: Layout) -> Recording:
-    return eqx.error_if(
-        recording,
-        recording.is_full,
-        f"`DeerAdjoint` has only got memory for {layout.max_windows} windows of "
-        f"{layout.window_size} grid points each, and more are needed. Pass a larger "
-        "`DeerAdjoint(max_windows=...)`.",
-    )
+def _error_if_failed(
+    recording: Recording, final_state, layout: Layout, solver, y0, stepsize_controller
+):
+    """What Diffrax would report in words that are about other things."""
+    result = final_state.result
+    errors = [
+        (
+            jnp.invert(jnp.all(jnp.isfinite(y0))),
+            "`diffeqsolve(..., y0=...)` is not finite (inf or NaN).",
+        ),
+        (
+            recording.is_full,
+            f"`DeerAdjoint` has only got memory for {layout.max_windows} windows of "
+            f"{layout.window_size} grid points each, and more are needed. Pass a "
+            "larger `DeerAdjoint(max_windows=...)`.",
+        ),
+    ]
+    if type(solver) is DeerSolver:
+        max_iters = solver.max_iters
+        limit = "all" if max_iters is None else f"`max_iters={max_iters}`"
+        errors += [
+            (
+                result == RESULTS.nonlinear_max_steps_reached,
+                f"A window of `DeerSolver`, of {layout.window_size} substeps, has not "
+                f"converged within {limit} iterations. Use shorter windows (a smaller "
+                "`dt0`, with as many fewer `substeps`), or an adaptive step size "
+                f"controller, which finds out how long they may be. {_DIAGNOSE}",
+            ),
+            (
+                result == RESULTS.nonfinite,
+                f"A window of `DeerSolver`, of {layout.window_size} substeps, has got "
+                "nonfinite values (inf or NaN). Either the vector field returns them, "
+                "or the solution does not exist for as long, or the wrapped solver is "
+                "unstable at this step size, as an explicit one is for a stiff "
+                f"problem. {_DIAGNOSE}",
+            ),
+        ]
+        has_tolerance = isinstance(solver.grid, AdaptiveGrid) and (
+            solver.grid.rtol is not None
+        )
+        if has_tolerance and are_known(stepsize_controller):
+            errors += [
+                (
+                    result == RESULTS.dt_min_reached,
+                    f"A window of `DeerSolver`, of {layout.window_size} substeps, is "
+                    "less accurate than `AdaptiveGrid(rtol=..., atol=...)` asks for. "
+                    "Use more `substeps`: as many as `diagnose` says, or "
+                    "`solver_state.required_substeps` with `SaveAt(solver_state=True)` "
+                    "and `throw=False`.",
+                )
+            ]
+    return error_if_any((recording, final_state), errors)
 
 
 def _is_subsaveat(x):

@@ -85,7 +85,10 @@ class Iteration(eqx.Module):
             lambda state: self.goes_on(state),
             lambda state: self.step(state),
         )
-        state = lax.while_loop(goes_on, step, self.init(guess))
+        return self.solution(lax.while_loop(goes_on, step, self.init(guess)))
+
+    def solution(self, state: State) -> JointSolution:
+        """What it has led to, if it ends here."""
         result = RESULTS.promote(
             optx.RESULTS.where(
                 state.finite,
