@@ -12,7 +12,16 @@ import numpy as np
 import optimistix as optx
 import pytest
 from diffrax import ODETerm, RESULTS
-from diffrax_deer import CoarseGuess, ConstantGuess, DEER, DeerAdjoint, DeerSolver
+from diffrax_deer import (
+    CoarseGuess,
+    ConstantGuess,
+    DEER,
+    DeerAdjoint,
+    DeerSolver,
+    Jacobi,
+    KernelScan,
+    QuasiDEER,
+)
 
 from .helpers import (
     diffeqsolve,
@@ -171,6 +180,49 @@ def test_loops_in_the_vector_field():
     y1 = lambda y0: _solve(vector_field, y0, args=0.9).ys
     expected = (y1(y0.at[0].add(eps)) - y1(y0.at[0].add(-eps))) / (2 * eps)
     assert max_error(jacobian(y0)[..., 0], expected) < 1e-8
+
+
+@jax.custom_vjp
+def _sine(y):
+    return -jnp.sin(y)
+
+
+_sine.defvjp(lambda y: (_sine(y), y), lambda y, ct: (-ct * jnp.cos(y),))
+
+
+def _custom_vjp(t, y, args):
+    return _sine(y)
+
+
+def _callback(t, y, args):
+    sine = lambda y: -np.sin(y)
+    return jax.pure_callback(sine, jax.typeof(y), y, vmap_method="expand_dims")
+
+
+def _nested(t, y, args):
+    return _solve(_decay, y, diffrax.Euler()).ys[-1] - y
+
+
+@pytest.mark.parametrize("vector_field", (_custom_vjp, _callback, _nested))
+def test_no_forward_mode(vector_field):
+    y0 = jnp.array([1.0, 0.5])
+    iterating = lambda method: DeerSolver(
+        diffrax.Heun(), 8, method=method, guess=ConstantGuess()
+    )
+    for method in (DEER(), QuasiDEER()):
+        solver = iterating(method)
+        with pytest.raises(TypeError, match="(?s)vector field.*forward mode.*Jacobi"):
+            _solve(vector_field, y0, solver)
+    # No Jacobian is needed.
+    ref = _solve(vector_field, y0, diffrax.Heun(), dt0=1 / 16).ys
+    for solver in (heun, iterating(Jacobi())):
+        assert max_error(_solve(vector_field, y0, solver).ys, ref) < 1e-10
+
+
+def test_kernels_on_a_cpu():
+    solver = DeerSolver(diffrax.Heun(), 8, guess=ConstantGuess(), scan=KernelScan())
+    with pytest.raises(RuntimeError, match="`KernelScan.*AssociativeScan"):
+        jax.block_until_ready(_solve(_decay, jnp.ones(2), solver))
 
 
 def test_filter_jit_solver_argument():
