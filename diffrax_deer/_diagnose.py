@@ -19,7 +19,6 @@ from diffrax import (
     RESULTS,
     SaveAt,
 )
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from ._checks import check_instance
@@ -30,7 +29,7 @@ from ._linear_algebra import matvec
 from ._method import AbstractDampedMethod, DEER
 from ._solver import DeerSolver
 from ._state import DeerState
-from ._window import AbstractWindow, Iterate
+from ._window import AbstractWindow, Iterate, ravel
 
 
 # No more iterations of each window than these are kept.
@@ -307,7 +306,7 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args):
-        flat_y0, _ = ravel_pytree(y0)
+        flat_y0 = ravel(y0, y0)
         direction = jr.normal(jr.key(0), flat_y0.shape, flat_y0.dtype)
         return self.solver.init(terms, t0, t1, y0, args), direction
 

@@ -18,9 +18,12 @@ from diffrax_deer import (
     DEER,
     DeerAdjoint,
     DeerSolver,
+    ELK,
+    ExtrapolationGuess,
     Jacobi,
     KernelScan,
     QuasiDEER,
+    QuasiELK,
 )
 
 from .helpers import (
@@ -160,6 +163,13 @@ def test_flags():
         implicit = diffrax.ImplicitEuler(root_finder=root_finder)
         _solve(_decay, jnp.ones(2), DeerSolver(implicit, 8))
         _solve(_decay, jnp.ones(2), diffrax.Tsit5(), adjoint=DeerAdjoint())
+        for method, guess in (
+            (ELK(), ConstantGuess()),
+            (QuasiELK(), ConstantGuess()),
+            (DEER(), ExtrapolationGuess()),
+        ):
+            solver = DeerSolver(diffrax.Heun(), 8, method=method, guess=guess)
+            _solve(_decay, jnp.ones(2), solver)
     assert sol.result == RESULTS.successful
 
 
@@ -353,8 +363,41 @@ def test_bad_arguments_of_parts():
 
 @pytest.mark.filterwarnings("ignore:Complex dtype")
 def test_complex_state():
-    with pytest.raises(TypeError, match="`y0` must be real.*imaginary"):
-        _solve(_decay, jnp.array(1 + 1j))
+    # Not holomorphic, and next to a real one.
+    def vector_field(t, y, args):
+        z, x = y
+        return (
+            1j * args * z - jnp.conj(z) * x * jnp.abs(z) ** 2,
+            jnp.sum(jnp.abs(z)) - x,
+        )
+
+    def value_and_gradient(y0, args, **kwargs: Any):
+        def loss(y0, args):
+            ts = jnp.array([0.3, 0.77, 1.0])
+            z, x = _solve(
+                vector_field, y0, args=args, saveat=SaveAt(ts=ts), **kwargs
+            ).ys
+            return jnp.sum(jnp.abs(z - 0.2) ** 2 + jnp.imag(z) * x[:, None]), (z, x)
+
+        fn = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        return jax.jit(fn)(y0, args)
+
+    y0 = (jnp.array([1 + 0.5j, 0.3 - 1j]), jnp.array(0.8))
+    direct, deer = diffrax.DirectAdjoint(), DeerAdjoint()
+    iterating = DeerSolver(diffrax.Heun(), 4, guess=ConstantGuess())
+    results = []
+    for solver, dt0, adjoint in (
+        (diffrax.Heun(), 1 / 8, direct),
+        (diffrax.Heun(), 1 / 8, deer),
+        (iterating, 1 / 2, diffrax.RecursiveCheckpointAdjoint(checkpoints=4)),
+        (iterating, 1 / 2, deer),
+        (DeerSolver(diffrax.Heun(), 1), 1 / 8, deer),
+    ):
+        kwargs: Any = dict(solver=solver, dt0=dt0, adjoint=adjoint, max_steps=8)
+        results.append(value_and_gradient(y0, jnp.array(1.1 + 0.1j), **kwargs))
+    for result in results[1:]:
+        parts = lambda x: jtu.tree_map(lambda x: jnp.stack([x.real, x.imag]), x)
+        assert max_error(parts(result), parts(results[0])) < 1e-9
 
 
 def test_integer_state():
