@@ -367,7 +367,7 @@ def test_complex_state():
     def vector_field(t, y, args):
         z, x = y
         return (
-            1j * args * z - jnp.conj(z) * x * jnp.abs(z) ** 2,
+            1j * args * z - 0.3 * jnp.conj(z) * x,
             jnp.sum(jnp.abs(z)) - x,
         )
 
