@@ -69,12 +69,7 @@ def check_one_step_solver(solver: Any, name: str) -> None:
 def check_state(y: PyTree, name: str) -> None:
     for leaf in jtu.tree_leaves(y):
         dtype = jnp.result_type(leaf)
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(
-                f"`{name}` must be real, got dtype {dtype}. Split complex values into "
-                "their real and imaginary parts."
-            )
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"`{name}` must be floating point, got dtype {dtype}. Convert it with "
                 "`.astype(float)`."

@@ -28,7 +28,6 @@ from diffrax import (
     RESULTS,
     SaveAt,
 )
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from ._checks import check_instance
@@ -43,6 +42,7 @@ from ._window import (
     AbstractWindow,
     Discretisation,
     Iterate,
+    ravel,
     tableau_of,
     uniform_grid,
 )
@@ -284,7 +284,7 @@ def diagnose(
         tell=lambda span: spans.append(int(span)),
     )
     if solver_state is not None:
-        solver_state = observed.with_direction(solver_state, y0)  # pyright: ignore
+        solver_state = observed.with_direction(solver_state)  # pyright: ignore
     max_steps = 4096 if max_steps is None else max_steps
 
     def solve(solver, max_steps, **kwargs):
@@ -417,12 +417,12 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args):
-        return self.with_direction(self.solver.init(terms, t0, t1, y0, args), y0)
+        return self.with_direction(self.solver.init(terms, t0, t1, y0, args))
 
-    def with_direction(self, state: DeerState, y0) -> tuple[DeerState, Array]:
-        flat_y0, _ = ravel_pytree(y0)
-        flat_y0 = flat_y0.astype(jtu.tree_leaves(state.ys)[0].dtype)
-        return state, jr.normal(jr.key(0), flat_y0.shape, flat_y0.dtype)
+    def with_direction(self, state: DeerState) -> tuple[DeerState, Array]:
+        y = jtu.tree_map(lambda ys: ys[0], state.ys)
+        flat = ravel(y, y)
+        return state, jr.normal(jr.key(0), flat.shape, flat.dtype)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         deer_state, direction = solver_state

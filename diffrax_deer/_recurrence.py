@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import RESULTS
-from jax.flatten_util import ravel_pytree
 from jax.interpreters import partial_eval as pe
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
@@ -32,6 +31,8 @@ from ._window import (
     nearby,
     noise,
     precision,
+    ravel,
+    unravel_like,
 )
 
 
@@ -238,7 +239,7 @@ def deer_scan_solution(
     floats, others = eqx.partition(init, eqx.is_inexact_array)
     check_state(floats, "init")
     other_starts, other_ends = _scan_others(f, floats, others, xs, length)
-    y0, unravel = ravel_pytree(floats)
+    y0, unravel = ravel(floats, floats), unravel_like(floats)
 
     def substep(other__x, y):
         other, x = other__x
@@ -295,7 +296,8 @@ def _flip(xs):
 
 
 def _ravel_floats(carry):
-    return ravel_pytree(eqx.filter(carry, eqx.is_inexact_array))[0]
+    floats = eqx.filter(carry, eqx.is_inexact_array)
+    return ravel(floats, floats)
 
 
 def _guess_or_constant(guess, init, length):

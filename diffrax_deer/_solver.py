@@ -87,8 +87,10 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         windows needed.
     - The vector field must be differentiable in forward mode, even if no derivative is
         asked for. (A `jax.custom_vjp` is not. Neither is another `diffeqsolve`, unless
-        with `adjoint=DirectAdjoint()` or `adjoint=ForwardMode()`.) It is also evaluated
-        at guesses, which may be far from the solution.
+        with `adjoint=DirectAdjoint()` or `adjoint=DeerAdjoint()`.) Only if no Jacobian
+        is needed need it not be: with [`diffrax_deer.Jacobi`][] or
+        [`diffrax_deer.Picard`][], or with the default guess of an explicit solver on
+        a CPU. It is also evaluated at guesses, which may be far from the solution.
 
     The wrapped solver may be any one-step method of Diffrax, or one of
     [`diffrax_deer.GaussLegendre`][] and [`diffrax_deer.RadauIIA`][]. Of Runge--Kutta

@@ -12,7 +12,19 @@ import numpy as np
 import optimistix as optx
 import pytest
 from diffrax import ODETerm, RESULTS
-from diffrax_deer import CoarseGuess, ConstantGuess, DEER, DeerAdjoint, DeerSolver
+from diffrax_deer import (
+    CoarseGuess,
+    ConstantGuess,
+    DEER,
+    DeerAdjoint,
+    DeerSolver,
+    ELK,
+    ExtrapolationGuess,
+    Jacobi,
+    KernelScan,
+    QuasiDEER,
+    QuasiELK,
+)
 
 from .helpers import (
     diffeqsolve,
@@ -151,6 +163,13 @@ def test_flags():
         implicit = diffrax.ImplicitEuler(root_finder=root_finder)
         _solve(_decay, jnp.ones(2), DeerSolver(implicit, 8))
         _solve(_decay, jnp.ones(2), diffrax.Tsit5(), adjoint=DeerAdjoint())
+        for method, guess in (
+            (ELK(), ConstantGuess()),
+            (QuasiELK(), ConstantGuess()),
+            (DEER(), ExtrapolationGuess()),
+        ):
+            solver = DeerSolver(diffrax.Heun(), 8, method=method, guess=guess)
+            _solve(_decay, jnp.ones(2), solver)
     assert sol.result == RESULTS.successful
 
 
@@ -171,6 +190,49 @@ def test_loops_in_the_vector_field():
     y1 = lambda y0: _solve(vector_field, y0, args=0.9).ys
     expected = (y1(y0.at[0].add(eps)) - y1(y0.at[0].add(-eps))) / (2 * eps)
     assert max_error(jacobian(y0)[..., 0], expected) < 1e-8
+
+
+@jax.custom_vjp
+def _sine(y):
+    return -jnp.sin(y)
+
+
+_sine.defvjp(lambda y: (_sine(y), y), lambda y, ct: (-ct * jnp.cos(y),))
+
+
+def _custom_vjp(t, y, args):
+    return _sine(y)
+
+
+def _callback(t, y, args):
+    sine = lambda y: -np.sin(y)
+    return jax.pure_callback(sine, jax.typeof(y), y, vmap_method="expand_dims")
+
+
+def _nested(t, y, args):
+    return _solve(_decay, y, diffrax.Euler()).ys[-1] - y
+
+
+@pytest.mark.parametrize("vector_field", (_custom_vjp, _callback, _nested))
+def test_no_forward_mode(vector_field):
+    y0 = jnp.array([1.0, 0.5])
+    iterating = lambda method: DeerSolver(
+        diffrax.Heun(), 8, method=method, guess=ConstantGuess()
+    )
+    for method in (DEER(), QuasiDEER()):
+        solver = iterating(method)
+        with pytest.raises(TypeError, match="(?s)vector field.*forward mode.*Jacobi"):
+            _solve(vector_field, y0, solver)
+    # No Jacobian is needed.
+    ref = _solve(vector_field, y0, diffrax.Heun(), dt0=1 / 16).ys
+    for solver in (heun, iterating(Jacobi())):
+        assert max_error(_solve(vector_field, y0, solver).ys, ref) < 1e-10
+
+
+def test_kernels_on_a_cpu():
+    solver = DeerSolver(diffrax.Heun(), 8, guess=ConstantGuess(), scan=KernelScan())
+    with pytest.raises(RuntimeError, match="`KernelScan.*AssociativeScan"):
+        jax.block_until_ready(_solve(_decay, jnp.ones(2), solver))
 
 
 def test_filter_jit_solver_argument():
@@ -301,8 +363,43 @@ def test_bad_arguments_of_parts():
 
 @pytest.mark.filterwarnings("ignore:Complex dtype")
 def test_complex_state():
-    with pytest.raises(TypeError, match="`y0` must be real.*imaginary"):
-        _solve(_decay, jnp.array(1 + 1j))
+    # Not holomorphic. (Diffrax's own Runge--Kutta solvers take no mixed dtypes.)
+    def vector_field(t, y, args):
+        z, x = y
+        return (
+            1j * args * z - 0.3 * jnp.conj(z) * x,
+            jnp.sum(jnp.abs(z)) - x,
+        )
+
+    def value_and_gradient(y0, args, **kwargs: Any):
+        def loss(y0, args):
+            ts = jnp.array([0.3, 0.77, 1.0])
+            z, x = _solve(
+                vector_field, y0, args=args, saveat=SaveAt(ts=ts), **kwargs
+            ).ys
+            return jnp.sum(
+                jnp.abs(z - 0.2) ** 2 + jnp.imag(z) * jnp.real(x)[:, None]
+            ), (z, x)
+
+        fn = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        return jax.jit(fn)(y0, args)
+
+    y0 = (jnp.array([1 + 0.5j, 0.3 - 1j]), jnp.array(0.8 + 0j))
+    direct, deer = diffrax.DirectAdjoint(), DeerAdjoint()
+    iterating = DeerSolver(diffrax.Heun(), 4, guess=ConstantGuess())
+    results = []
+    for solver, dt0, adjoint in (
+        (diffrax.Heun(), 1 / 8, direct),
+        (diffrax.Heun(), 1 / 8, deer),
+        (iterating, 1 / 2, diffrax.RecursiveCheckpointAdjoint(checkpoints=4)),
+        (iterating, 1 / 2, deer),
+        (DeerSolver(diffrax.Heun(), 1), 1 / 8, deer),
+    ):
+        kwargs: Any = dict(solver=solver, dt0=dt0, adjoint=adjoint, max_steps=8)
+        results.append(value_and_gradient(y0, jnp.array(1.1 + 0.1j), **kwargs))
+    for result in results[1:]:
+        parts = lambda x: jtu.tree_map(lambda x: jnp.stack([x.real, x.imag]), x)
+        assert max_error(parts(result), parts(results[0])) < 1e-9
 
 
 def test_integer_state():

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractAdjoint, RESULTS, StepTo, SubSaveAt, UnsafeBrownianPath
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int
 
 from .._checks import check_one_step_solver, check_positive_int, check_state
@@ -13,7 +12,7 @@ from .._failure import error_if_any
 from .._grid import AdaptiveGrid
 from .._implicit import without_gradient
 from .._solver import DeerSolver
-from .._window import Scheme
+from .._window import ravel, Scheme
 from .event import call_event, event_time
 from .loop import Layout, record, Recording, unmerged, with_results
 from .save import save
@@ -158,7 +157,7 @@ class DeerAdjoint(AbstractAdjoint):
             )
         else:
             times = None
-        y0, _ = ravel_pytree(init_state.y)
+        y0 = ravel(init_state.y, init_state.y)
         stepper = self._stepper(
             solver, stepsize_controller, times, event, max_steps, y0
         )

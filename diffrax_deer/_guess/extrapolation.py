@@ -45,7 +45,7 @@ class ExtrapolationGuess(AbstractGuess):
             index = (substeps - 1) * jnp.arange(degree + 1, dtype=jnp.int32)
             index = index // max(degree, 1)
             if previous.fractions is None:
-                nodes = (index + 1) / substeps
+                nodes = (index + 1).astype(problem.ts.dtype) / substeps
             else:
                 nodes = previous.fractions[index + 1]
             xs = 1 + (problem.ts[1:] - previous.t1) / (previous.t1 - previous.t0)

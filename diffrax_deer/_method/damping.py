@@ -102,7 +102,9 @@ def _gains(A, r, damping):
     else:
         one = jnp.eye(r.shape[1], dtype=A.dtype)
         predict = lambda A, P: matmul(matmul(A, P), jnp.swapaxes(A, -1, -2)) + one
-        gain = lambda P: jnp.linalg.inv(one + damping * P)
+        # Of one covariance, or of many.
+        eye = lambda P: jnp.expand_dims(one, range(P.ndim - 2))
+        gain = lambda P: jnp.linalg.inv(eye(P) + damping * P)
         multiply = matmul
 
     def sequential(A):

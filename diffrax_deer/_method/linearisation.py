@@ -20,7 +20,7 @@ class AbstractFullMethod(AbstractMethod):
     def linearise(
         self, window: AbstractWindow, points: Float[Array, "substeps points size"]
     ) -> tuple[Array, Callable[[], Array]]:
-        values, jvp = jax.linearize(window.values, points)
+        values, jvp = _linearize(window.values, points)
 
         def jacobians():
             # All points are moved along the same unit vectors.
@@ -45,7 +45,7 @@ class AbstractDiagonalMethod(AbstractMethod):
     def linearise(
         self, window: AbstractWindow, points: Float[Array, "substeps points size"]
     ) -> tuple[Array, Callable[[], Array]]:
-        values, jvp = jax.linearize(window.values, points)
+        values, jvp = _linearize(window.values, points)
         size = points.shape[-1]
 
         # One direction follows the other, which takes no more memory than the values.
@@ -86,3 +86,27 @@ class AbstractIdleMethod(AbstractMethod):
 
     def span(self, size: int) -> int:
         return 0
+
+
+def _linearize(fn, x):
+    try:
+        value, jvp = jax.linearize(fn, x)
+        # Some of it JAX would only say much later, without a batch.
+        jax.eval_shape(jax.vmap(jvp), x[None])
+    except (TypeError, ValueError) as e:
+        # There is no class for these errors.
+        if "forward-mode" in str(e) or "support JVP" in str(e):
+            raise TypeError(_NO_JVP) from e
+        raise
+    return value, jvp
+
+
+_NO_JVP = """The vector field (or `deer_scan(f, ...)`) cannot be differentiated in
+forward mode, which the iteration needs: it takes the Jacobians of all steps at once.
+Either make it differentiable,
+- if it is a `jax.custom_vjp`: write it as a `jax.custom_jvp`, which has derivatives in
+  both modes;
+- if it calls `jax.pure_callback`: wrap this into a `jax.custom_jvp`;
+- if it calls another `diffeqsolve`: pass `adjoint=diffrax.DirectAdjoint()` to that one;
+or use a method that needs no Jacobian, `method=Jacobi()` or `method=Picard()`, or on a
+CPU make the steps one after the other, as an explicit solver does by default."""

@@ -56,10 +56,13 @@ class KernelScan(AbstractScan):
     def __call__(
         self, A: Matrices, b: Float[Array, "substeps size"], *, reverse: bool = False
     ) -> Float[Array, "substeps size"]:
-        if can_be_kernels(A, b):
-            return _scan(A, b, reverse, self.interpret)
-        else:
+        if not can_be_kernels(A, b):
             return AssociativeScan()(A, b, reverse=reverse)
+        kernels = lambda A, b: _scan(A, b, reverse, self.interpret)
+        if self.interpret:
+            return kernels(A, b)
+        else:
+            return lax.platform_dependent(A, b, cpu=_refuse, default=kernels)
 
 
 KernelScan.__init__.__doc__ = """**Arguments:**
@@ -82,6 +85,20 @@ def has_gpu() -> bool:
     # Of others than those of Nvidia, this is a name.
     major, *_ = str(getattr(jax.devices()[0], "compute_capability", "")).split(".")
     return major.isdigit() and int(major) >= 8
+
+
+def _refuse(A, b):
+    # When it runs, as from a CPU this may also be compiled for somewhere else.
+    del A
+    always = jnp.all(jnp.isnan(b)) | True
+    return eqx.error_if(
+        b,
+        always,
+        "`KernelScan()` is for Nvidia GPUs, and this runs on a CPU. Leave `scan=...` "
+        "away, as the default takes kernels wherever there is a GPU for them, or pass "
+        "`scan=AssociativeScan()`. (`KernelScan(interpret=True)` runs anywhere, but is "
+        "slow.)",
+    )
 
 
 @ft.partial(jax.jit, static_argnames=("reverse", "interpret"))

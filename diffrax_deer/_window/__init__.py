@@ -17,6 +17,7 @@ from .one_step import (
     OneStepMap as OneStepMap,
     Substep as Substep,
 )
+from .reals import ravel as ravel, unravel_like as unravel_like
 from .rounding import (
     among_neighbours as among_neighbours,
     is_noisy as is_noisy,

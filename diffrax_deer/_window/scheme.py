@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation, AbstractSolver, AbstractTerm, RESULTS
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Real
 
 from .base import AbstractWindow, Iterate
 from .elimination import weighted
 from .one_step import OneStepMap, StepWindow, Substep
+from .reals import ravel, unravel_like
 from .stages import StageWindow
 from .tableau import Tableau, tableau_of
 
@@ -138,11 +138,11 @@ class Scheme(eqx.Module):
         return jax.vmap(one)(ts, t0s, t1s, dense_infos)
 
     def ravel(self, y: PyTree[Array]) -> Float[Array, " size"]:
-        return ravel_pytree(y)[0]
+        return ravel(y, self.y0)
 
     @property
     def unravel(self) -> Callable[[Float[Array, " size"]], PyTree[Array]]:
-        return ravel_pytree(self.y0)[1]
+        return unravel_like(self.y0)
 
     def ravel_all(self, ys: PyTree[Array], length: int) -> Float[Array, "length size"]:
         # The size of the axis has to be given for the sake of states without any leaf.
