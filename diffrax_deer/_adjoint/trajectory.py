@@ -354,4 +354,6 @@ class Trajectory(eqx.Module):
         starts = jnp.where(is_used[:, None], rows.starts, y1)
         ys = jnp.where(is_used[:, None], rows.at.ys, y1)
         at = Iterate(ys, jnp.where(is_used[:, None, None, None], rows.at.ks, 0))
-        return t0s, t1s, self.problem.scheme.outputs(t0s, t1s, starts, at).dense_info
+        scheme = self.problem.scheme
+        xs = scheme.inputs(t0s, t1s)
+        return t0s, t1s, scheme.outputs(xs, starts, at).dense_info
