@@ -124,7 +124,8 @@ def record(
     is returned as well."""
     controller = stepper.chosen_by
     solver_state, controller_state, tnext = stepper.init(
-        init_state.solver_state, init_state.controller_state, init_state.tnext
+        *(scheme, init_state.solver_state, init_state.controller_state),
+        init_state.tnext,
     )
     max_windows = None if max_steps is None else -(-max_steps // stepper.steps)
     error_order = stepper.solver.error_order(scheme.terms)
@@ -234,7 +235,7 @@ def record(
         tprev=state.tprev,
         tnext=state.tnext,
         made_jump=state.made_jump,
-        solver_state=state.solver_state,
+        solver_state=stepper.end(state.solver_state),
         controller_state=state.controller_state,
         result=result,
         num_steps=state.num_steps,

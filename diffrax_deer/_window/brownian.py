@@ -22,7 +22,7 @@ from diffrax._brownian.tree import _levy_diff
 from diffrax._custom_types import levy_tree_transpose
 from diffrax._misc import linear_rescale
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int, PyTree, PRNGKeyArray, Real
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
 
 from .._custom_types import RealScalarLike
 

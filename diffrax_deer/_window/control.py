@@ -33,9 +33,9 @@ class KnownControl(WrapTerm):
         return super().contr(t0, t1, **kwargs)
 
 
-def is_tree(x: Any) -> bool:
-    """Whether this is Brownian motion that a tree has to be gone down for."""
-    return type(x) is VirtualBrownianTree
+def has_tree(terms: PyTree[AbstractTerm]) -> bool:
+    """Whether controls are evaluated much more quickly if many are at once."""
+    return any(map(_is_tree, jtu.tree_leaves(terms, is_leaf=_is_tree)))
 
 
 def controls(
@@ -57,8 +57,8 @@ def controls(
 
 def batched(terms: PyTree[AbstractTerm]) -> PyTree[AbstractTerm]:
     """The same, but for a batch of times at once."""
-    fix = lambda x: BrownianTree(x) if is_tree(x) else x
-    return jtu.tree_map(fix, terms, is_leaf=is_tree)
+    fix = lambda x: BrownianTree(x) if _is_tree(x) else x
+    return jtu.tree_map(fix, terms, is_leaf=_is_tree)
 
 
 def with_controls(
@@ -78,6 +78,10 @@ def with_controls(
             direction = 1
         known.append(KnownControl(term, direction, t0, t1, control, kwargs))
     return jtu.tree_unflatten(treedef, known)
+
+
+def _is_tree(x):
+    return type(x) is VirtualBrownianTree
 
 
 def _flatten(terms):
