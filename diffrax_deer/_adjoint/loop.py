@@ -135,7 +135,8 @@ def record(
 
     def step(state: _State) -> _State:
         recording = state.recording
-        index, made_jump = recording.num_windows, state.made_jump
+        index = recording.num_windows
+        made_jump = False if never_jumps else state.made_jump
         made = stepper.make(
             *(scheme, index, state.tprev, state.tnext, state.y),
             *(state.solver_state, made_jump),
@@ -153,10 +154,7 @@ def record(
         tprev = jnp.minimum(tprev, t1)
         end = jnp.where(keep, t1, tprev + 0.5 * (t1 - tprev))
         tnext = jnp.where(tnext > almost(t1), end, tnext)
-        if state.made_jump is False:
-            made_jump = False
-        else:
-            made_jump = jnp.where(keep, made_jump, state.made_jump)
+        made_jump = jnp.where(keep, made_jump, state.made_jump)
 
         # The first failure counts. A window that failed ends the solve, even if it has
         # been accepted.
@@ -203,13 +201,16 @@ def record(
         )
 
     zero = jnp.array(0, jnp.int32)
+    first_made_jump = _made_jump(
+        controller, controller_state, error_order, scheme, init_state
+    )
+    # The loop makes an array of it.
+    never_jumps = first_made_jump is False
     state = _State(
         y=init_state.y,
         tprev=jnp.asarray(init_state.tprev),
         tnext=jnp.asarray(tnext),
-        made_jump=_made_jump(
-            controller, controller_state, error_order, scheme, init_state
-        ),
+        made_jump=jnp.asarray(first_made_jump),
         solver_state=solver_state,
         controller_state=controller_state,
         result=init_state.result,
