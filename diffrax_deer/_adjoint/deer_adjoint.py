@@ -12,11 +12,17 @@ from .._failure import error_if_any
 from .._grid import AdaptiveGrid
 from .._implicit import without_gradient
 from .._solver import DeerSolver
-from .._window import ravel, Scheme
+from .._window import has_tree, ravel, Scheme
 from .event import call_event, event_time
 from .loop import Layout, record, Recording, unmerged, with_results
 from .save import save
-from .stepper import AbstractStepper, MergedWindows, SequentialSteps, Windows
+from .stepper import (
+    AbstractStepper,
+    KnownSteps,
+    MergedWindows,
+    SequentialSteps,
+    Windows,
+)
 from .times import anchors, are_known, ChosenTimes, KnownTimes
 from .trajectory import Problem, solution, Substeps, Trajectory
 
@@ -27,10 +33,12 @@ _MAX_BYTES = 2**24
 _MIN_SUBSTEPS = 2**12
 _STEPS_IF_ANY = 2**14
 # By default, merge up to this many substeps, but keep their Jacobians below this many
-# bytes. On a CPU, where those that are not used are made as well, only a few.
+# bytes. On a CPU, where those that are not used are made as well, only a few, or more
+# if there is a Brownian tree, which is gone down once for each window.
 _MAX_MERGED = 2**14
 _MAX_JACOBIAN_BYTES = 2**26
 _MAX_MERGED_ON_CPU = 32
+_MAX_MERGED_WITH_TREE = 256
 
 _DIAGNOSE = (
     "What to change, `diffrax_deer.diagnose` says: it takes the same arguments as "
@@ -159,7 +167,8 @@ class DeerAdjoint(AbstractAdjoint):
             times = None
         y0 = ravel(init_state.y, init_state.y)
         stepper = self._stepper(
-            solver, stepsize_controller, times, event, max_steps, y0
+            *(solver, stepsize_controller, times, event, max_steps, y0),
+            has_tree(terms),
         )
         scheme = Scheme(stepper.one_step_solver, terms, args, init_state.y)
         layout = self._layout(
@@ -243,9 +252,12 @@ class DeerAdjoint(AbstractAdjoint):
         )
         return final_state, stats
 
-    def _stepper(self, solver, controller, times, event, max_steps, y0):
+    def _stepper(self, solver, controller, times, event, max_steps, y0, has_tree):
         if type(solver) is not DeerSolver:
-            return SequentialSteps(solver, controller, self.max_window_points)
+            chunk = self.max_window_points
+            if times is None or event is not None or not has_tree:
+                return SequentialSteps(solver, controller, chunk)
+            return KnownSteps(solver, controller, chunk, times)
         elif times is None or not solver.grid.is_uniform:
             return Windows(solver, controller)
         substeps = solver.substeps
@@ -256,7 +268,7 @@ class DeerAdjoint(AbstractAdjoint):
             # event.
             points = substeps
         elif jax.default_backend() == "cpu":
-            points = _MAX_MERGED_ON_CPU
+            points = _MAX_MERGED_WITH_TREE if has_tree else _MAX_MERGED_ON_CPU
         else:
             bytes_per_jacobian = max(y0.size, 1) ** 2 * y0.dtype.itemsize
             points = min(_MAX_MERGED, _MAX_JACOBIAN_BYTES // bytes_per_jacobian)
@@ -312,7 +324,7 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
     to backpropagate at once, by default 128, and on a CPU as many as have 32 stages. By
     default steps are only merged with `DeerSolver(substeps=1)` and without an event, up
     to 16384 of them, or fewer if their Jacobians would take more than 64 MiB, and on a
-    CPU up to 32.
+    CPU up to 32, or 256 if there is a `diffrax.VirtualBrownianTree`.
 """
 
 

@@ -129,7 +129,8 @@ def record(
     is returned as well."""
     controller = stepper.chosen_by
     solver_state, controller_state, tnext = stepper.init(
-        init_state.solver_state, init_state.controller_state, init_state.tnext
+        *(scheme, init_state.solver_state, init_state.controller_state),
+        init_state.tnext,
     )
     max_windows = None if max_steps is None else -(-max_steps // stepper.steps)
     error_order = stepper.solver.error_order(scheme.terms)
@@ -139,7 +140,8 @@ def record(
 
     def step(state: _State) -> _State:
         recording = state.recording
-        index, made_jump = recording.num_windows, state.made_jump
+        index = recording.num_windows
+        made_jump = False if never_jumps else state.made_jump
         made = stepper.make(
             *(scheme, index, state.tprev, state.tnext, state.y),
             *(state.solver_state, made_jump),
@@ -157,10 +159,7 @@ def record(
         tprev = jnp.minimum(tprev, t1)
         end = jnp.where(keep, t1, tprev + 0.5 * (t1 - tprev))
         tnext = jnp.where(tnext > almost(t1), end, tnext)
-        if state.made_jump is False:
-            made_jump = False
-        else:
-            made_jump = jnp.where(keep, made_jump, state.made_jump)
+        made_jump = jnp.where(keep, made_jump, state.made_jump)
 
         # The first failure counts. A window that failed ends the solve, even if it has
         # been accepted.
@@ -218,13 +217,16 @@ def record(
         first_event_values = event_values(
             event, call_event, init_state.tprev, init_state.y
         )
+    first_made_jump = _made_jump(
+        controller, controller_state, error_order, scheme, init_state
+    )
+    # The loop makes an array of it.
+    never_jumps = first_made_jump is False
     state = _State(
         y=init_state.y,
         tprev=jnp.asarray(init_state.tprev),
         tnext=jnp.asarray(tnext),
-        made_jump=_made_jump(
-            controller, controller_state, error_order, scheme, init_state
-        ),
+        made_jump=jnp.asarray(first_made_jump),
         solver_state=solver_state,
         controller_state=controller_state,
         result=init_state.result,
@@ -252,7 +254,7 @@ def record(
         tprev=state.tprev,
         tnext=state.tnext,
         made_jump=state.made_jump,
-        solver_state=state.solver_state,
+        solver_state=stepper.end(state.solver_state),
         controller_state=state.controller_state,
         result=result,
         num_steps=state.num_steps,

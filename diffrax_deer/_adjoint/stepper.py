@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, AutoScan
 from .._solver import DeerSolver, SolvedWindow
 from .._state import DeerState
-from .._window import Iterate, Scheme, uniform_grid
+from .._window import controls, Iterate, Scheme, uniform_grid, with_controls
 from .times import advance, KnownTimes
 
 
@@ -26,6 +27,8 @@ from .times import advance, KnownTimes
 # many stages there are in these on CPUs.
 _CHUNK = 128
 _STAGES_IN_CHUNK = 32
+# Of how many steps at known times to evaluate the controls at once.
+_BLOCK = 256
 
 
 class Made(eqx.Module):
@@ -92,7 +95,7 @@ class AbstractStepper(eqx.Module):
 
     @abc.abstractmethod
     def init(
-        self, solver_state: Any, controller_state: Any, tnext: Any
+        self, scheme: Scheme, solver_state: Any, controller_state: Any, tnext: Any
     ) -> tuple[Any, Any, Any]:
         """What to begin with, where Diffrax would begin with these."""
 
@@ -108,6 +111,10 @@ class AbstractStepper(eqx.Module):
         made_jump: Any,
     ) -> Made:
         """Attempts the window with this index."""
+
+    def end(self, solver_state: Any) -> Any:
+        """What Diffrax would end with."""
+        return solver_state
 
     @property
     def is_sequential(self) -> bool:
@@ -128,12 +135,11 @@ class AbstractStepper(eqx.Module):
         """What Diffrax calls the dense information, given that of all substeps."""
 
 
-class SequentialSteps(AbstractStepper):
+class AbstractSteps(AbstractStepper):
     """Every step of any one-step method is a window."""
 
-    solver: AbstractSolver
-    controller: Any
-    max_chunk: int | None = eqx.field(static=True)
+    controller: AbstractVar[Any]
+    max_chunk: AbstractVar[int | None]
 
     @property
     def one_step_solver(self) -> AbstractSolver:
@@ -168,13 +174,10 @@ class SequentialSteps(AbstractStepper):
     def is_sequential(self) -> bool:
         return True
 
-    def init(self, solver_state, controller_state, tnext):
-        return solver_state, controller_state, tnext
-
-    def make(self, scheme, index, t0, t1, y0, solver_state, made_jump) -> Made:
-        del index
+    def step(self, scheme, terms, t0, t1, y0, solver_state, made_jump) -> Made:
+        """By the solver."""
         y1, y_error, dense_info, state, result = self.solver.step(
-            scheme.terms, t0, t1, y0, scheme.args, solver_state, made_jump
+            terms, t0, t1, y0, scheme.args, solver_state, made_jump
         )
         ks = scheme.stages(t0, t1, y0, y1, dense_info)
         at = Iterate(scheme.ravel(y1)[None], ks[None])
@@ -186,6 +189,71 @@ class SequentialSteps(AbstractStepper):
     def grouped(self, dense_infos, fractions):
         del fractions
         return dense_infos
+
+
+class SequentialSteps(AbstractSteps):
+    """Steps at times that are chosen one after the other."""
+
+    solver: AbstractSolver
+    controller: Any
+    max_chunk: int | None = eqx.field(static=True)
+
+    def init(self, scheme, solver_state, controller_state, tnext):
+        del scheme
+        return solver_state, controller_state, tnext
+
+    def make(self, scheme, index, t0, t1, y0, solver_state, made_jump) -> Made:
+        del index
+        return self.step(scheme, scheme.terms, t0, t1, y0, solver_state, made_jump)
+
+
+class KnownSteps(AbstractSteps):
+    """Steps at times that are known beforehand. The controls of many are evaluated at
+    once."""
+
+    solver: AbstractSolver
+    controller: Any
+    max_chunk: int | None = eqx.field(static=True)
+    times: KnownTimes
+
+    def chunk(self, scheme: Scheme, max_windows: int) -> int:
+        chunk = super().chunk(scheme, max_windows)
+        return chunk if self.max_chunk is not None else min(_BLOCK, max_windows)
+
+    def init(self, scheme, solver_state, controller_state, tnext):
+        # Nothing yet.
+        like = jax.eval_shape(lambda: self._block(scheme, jnp.array(0, jnp.int32)))
+        block = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return (solver_state, block), controller_state, tnext
+
+    def make(self, scheme, index, t0, t1, y0, solver_state, made_jump) -> Made:
+        del t0, t1
+        state, block = solver_state
+        place = index % _BLOCK
+        # In a batch, of all or of none.
+        block = lax.cond(
+            eqxi.unvmap_any(place == 0),
+            lambda: self._block(scheme, index - place),
+            lambda: block,
+        )
+        t0, t1, controls = jtu.tree_map(lambda x: x[place], block)
+        terms = with_controls(scheme.terms, self._kwargs, t0, t1, controls)
+        made = self.step(scheme, terms, t0, t1, y0, state, made_jump)
+        return dataclasses.replace(made, solver_state=(made.solver_state, block))
+
+    def end(self, solver_state):
+        state, _ = solver_state
+        return state
+
+    def _block(self, scheme, first):
+        """When steps begin and end, and their controls."""
+        ts = self.times.starts(first + jnp.arange(_BLOCK + 1, dtype=jnp.int32))
+        t0s, t1s = ts[:-1], ts[1:]
+        return t0s, t1s, controls(scheme.terms, self._kwargs, t0s, t1s)
+
+    @property
+    def _kwargs(self):
+        return self.solver.term_compatible_contr_kwargs
 
 
 class AbstractWindows(AbstractStepper):
@@ -234,7 +302,8 @@ class Windows(AbstractWindows):
     def chosen_by(self) -> Any:
         return self.controller
 
-    def init(self, solver_state, controller_state, tnext):
+    def init(self, scheme, solver_state, controller_state, tnext):
+        del scheme
         return solver_state, controller_state, tnext
 
     def make(self, scheme, index, t0, t1, y0, solver_state, made_jump) -> Made:
@@ -265,8 +334,8 @@ class MergedWindows(AbstractWindows):
     def chosen_by(self) -> Any:
         return _KnownWindows(self.times, self.steps)
 
-    def init(self, solver_state, controller_state, tnext):
-        del controller_state, tnext
+    def init(self, scheme, solver_state, controller_state, tnext):
+        del scheme, controller_state, tnext
         # The trajectory is not used as a guess: there is no window twice.
         longer = lambda x: jnp.zeros((self.size, *x.shape[1:]), x.dtype)
         ys = jtu.tree_map(longer, solver_state.ys)

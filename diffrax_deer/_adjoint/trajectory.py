@@ -390,4 +390,5 @@ class Trajectory(eqx.Module):
         ys = jnp.where(is_used[:, None], rows.at.ys, y1)
         at = Iterate(ys, jnp.where(is_used[:, None, None, None], rows.at.ks, 0))
         t0s, t1s = ts
-        return self.problem.scheme.outputs(t0s, t1s, starts, at).dense_info
+        scheme = self.problem.scheme
+        return scheme.outputs(scheme.inputs(t0s, t1s), starts, at).dense_info

@@ -5,6 +5,11 @@ from .base import (
     Iterate as Iterate,
     up_to_front as up_to_front,
 )
+from .control import (
+    controls as controls,
+    has_tree as has_tree,
+    with_controls as with_controls,
+)
 from .discretisation import Discretisation as Discretisation
 from .interpolation import (
     grid_time as grid_time,

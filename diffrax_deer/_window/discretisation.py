@@ -87,13 +87,13 @@ class Discretisation(eqx.Module):
         if isinstance(window, StageWindow) and window.is_explicit:
             return window.sequential()
 
-        def body(y, t0__t1):
-            t0, t1 = t0__t1
-            substep = scheme.step(t0, t1, y)
+        def body(y, x):
+            t0, t1, _ = x
+            substep = scheme.step(x, y)
             y1, dense_info = substep.y1, substep.dense_info
             return y1, (scheme.ravel(y1), scheme.stages(t0, t1, y, y1, dense_info))
 
-        _, (ys, ks) = lax.scan(body, self.y0, (self.t0s, self.t1s))
+        _, (ys, ks) = lax.scan(body, self.y0, window.xs)
         return Iterate(ys, ks)
 
     @property
@@ -105,7 +105,7 @@ class Discretisation(eqx.Module):
     def outputs(self, at: Iterate) -> Substep:
         """What the solver returns for each of its steps."""
         starts = self.window.starts(at.ys)
-        return self.scheme.outputs(self.t0s, self.t1s, starts, at)
+        return self.scheme.outputs(self.window.xs, starts, at)
 
     def evaluate(self, at: Iterate, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, by the interpolation of the solver."""

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree, Real
 
 from .._linear_algebra import Matrices
 from .base import AbstractElimination, AbstractWindow, Iterate
+from .control import with_controls
 
 
 class Substep(eqx.Module):
@@ -44,13 +45,22 @@ class OneStepMap(eqx.Module):
         self.args = args
 
     def __call__(
-        self, t0: Real[Array, ""], t1: Real[Array, ""], y0: PyTree[Array]
+        self,
+        t0: Real[Array, ""],
+        t1: Real[Array, ""],
+        y0: PyTree[Array],
+        controls: list[PyTree[Array]] | None = None,
     ) -> Substep:
+        """`controls` are those of the terms, if they are known already."""
+        terms = self.terms
+        if controls is not None:
+            kwargs = self.solver.term_compatible_contr_kwargs
+            terms = with_controls(terms, kwargs, t0, t1, controls)
         # A one-step method has no memory: its state only ever caches what can be found
         # from `(t0, t1, y0)` as well. So each substep begins with a new one.
-        state = self.solver.init(self.terms, t0, t1, y0, self.args)
+        state = self.solver.init(terms, t0, t1, y0, self.args)
         y1, y_error, dense_info, _, result = self.solver.step(
-            self.terms, t0, t1, y0, self.args, state, made_jump=False
+            terms, t0, t1, y0, self.args, state, made_jump=False
         )
         return Substep(y1, y_error, dense_info, result)
 
@@ -149,11 +159,12 @@ class StepWindow(AbstractMapWindow):
     """Steps of a solver that is not a Runge--Kutta method."""
 
     fn: Callable
-    xs: tuple[Real[Array, " substeps"], Real[Array, " substeps"]]
+    # Of each substep when it begins, when it ends, and the controls of its terms.
+    xs: tuple[Array, Array, PyTree[Array]]
     y0: Float[Array, " size"]
     eps: float
 
     def value(
-        self, x: tuple[Array, Array], points: Float[Array, "1 size"]
+        self, x: PyTree[Array], points: Float[Array, "1 size"]
     ) -> Float[Array, "1 1 size"]:
-        return self.fn(*x, points[0])[None, None]
+        return self.fn(x, points[0])[None, None]

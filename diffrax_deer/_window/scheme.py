@@ -10,6 +10,7 @@ from diffrax import AbstractLocalInterpolation, AbstractSolver, AbstractTerm, RE
 from jaxtyping import Array, Float, PyTree, Real
 
 from .base import AbstractWindow, Iterate
+from .control import batched, controls
 from .elimination import weighted
 from .one_step import OneStepMap, StepWindow, Substep
 from .reals import ravel, unravel_like
@@ -60,24 +61,34 @@ class Scheme(eqx.Module):
         y0: Float[Array, " size"],
     ) -> AbstractWindow:
         """The equations of many steps."""
-        eps, tableau = precision(self.y0), self.tableau
+        eps, tableau, xs = precision(self.y0), self.tableau, self.inputs(t0s, t1s)
+        x = t0, _, first_controls = jtu.tree_map(lambda x: x[0], xs)
         if tableau is None:
-            fn = lambda t0, t1, y: self.ravel(self.step(t0, t1, self.unravel(y)).y1)
-            fn = eqx.filter_closure_convert(fn, t0s[0], t1s[0], y0)
-            return StepWindow(fn=fn, xs=(t0s, t1s), y0=y0, eps=eps)
-        terms: Any = self.terms
-        terms = terms.terms if tableau.is_split else (terms,)
-        controls = tuple(jax.vmap(term.contr)(t0s, t1s) for term in terms)
+            fn = lambda x, y: self.ravel(self.step(x, self.unravel(y)).y1)
+            fn = eqx.filter_closure_convert(fn, x, y0)
+            return StepWindow(fn=fn, xs=xs, y0=y0, eps=eps)
         fns = []
-        for term, control in zip(terms, controls):
+        for term, control in zip(self._parts(self.terms), first_controls):
             fn = ft.partial(self._increment, term)
-            control = jtu.tree_map(lambda x: x[0], control)
-            fns.append(eqx.filter_closure_convert(fn, control, t0s[0], y0))
-        xs = (t0s, t1s, controls)
+            fns.append(eqx.filter_closure_convert(fn, control, t0, y0))
         return StageWindow(fns=tuple(fns), xs=xs, y0=y0, eps=eps, tableau=tableau)
 
-    def step(self, t0: Real[Array, ""], t1: Real[Array, ""], y0) -> Substep:
-        return OneStepMap(self.solver, self.terms, self.args)(t0, t1, y0)
+    def inputs(
+        self, t0s: Real[Array, " steps"], t1s: Real[Array, " steps"]
+    ) -> tuple[Array, Array, PyTree[Array]]:
+        """What many steps depend on, beside the values at their starts: when they begin
+        and end, and their controls."""
+        if self.tableau is None:
+            kwargs = self.solver.term_compatible_contr_kwargs
+            return t0s, t1s, controls(self.terms, kwargs, t0s, t1s)
+        parts = self._parts(batched(self.terms))
+        return t0s, t1s, tuple(jax.vmap(term.contr)(t0s, t1s) for term in parts)
+
+    def step(self, x: tuple[Array, Array, PyTree[Array]], y0) -> Substep:
+        """One of these steps, by the solver."""
+        t0, t1, controls = x
+        step = OneStepMap(self.solver, self.terms, self.args)
+        return step(t0, t1, y0, controls if self.tableau is None else None)
 
     def stages(
         self, t0, t1, y0, y1, dense_info: dict[str, Any]
@@ -99,8 +110,7 @@ class Scheme(eqx.Module):
 
     def outputs(
         self,
-        t0s: Real[Array, " steps"],
-        t1s: Real[Array, " steps"],
+        xs: tuple[Array, Array, PyTree[Array]],
         starts: Float[Array, "steps size"],
         at: Iterate,
     ) -> Substep:
@@ -108,7 +118,7 @@ class Scheme(eqx.Module):
         y0s, y1s = self.unravel_all(starts), self.unravel_all(at.ys)
         tableau = self.tableau
         if tableau is None:
-            return jax.vmap(self.step)(t0s, t1s, y0s)
+            return jax.vmap(self.step)(xs, y0s)
         dense_info = dict(y0=y0s, y1=y1s)
         if tableau.has_dense_stages:
             unravel_all = jax.vmap(self.unravel_all)
@@ -150,6 +160,11 @@ class Scheme(eqx.Module):
 
     def unravel_all(self, ys: Float[Array, "length size"]) -> PyTree[Array]:
         return jax.vmap(self.unravel)(ys)
+
+    def _parts(self, terms: Any) -> tuple[AbstractTerm, ...]:
+        tableau = self.tableau
+        is_split = tableau is not None and tableau.is_split
+        return terms.terms if is_split else (terms,)
 
     def _increment(self, term, control, t, y):
         return self.ravel(term.vf_prod(t, self.unravel(y), self.args, control))
