@@ -89,9 +89,10 @@ def _general(path):
             diffrax.BrownianIncrement,
             True,
         ),
+        (_general, diffrax.GeneralShARK(), diffrax.SpaceTimeLevyArea, True),
         (_langevin, diffrax.QUICSORT(), diffrax.SpaceTimeTimeLevyArea, True),
     ),
-    ids=("euler", "half", "quicsort"),
+    ids=("euler", "half", "shark", "quicsort"),
 )
 def test_solvers(problem, solver, levy_area, is_joint):
     def loss(inputs, key, solver, adjoint):
