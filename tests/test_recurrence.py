@@ -412,5 +412,16 @@ def test_bad_carries():
             (jnp.array(0), jnp.array(0.0)),
             jnp.ones(3),
         )
-    with pytest.raises(TypeError, match="`init` must be real"):
-        deer_scan(_cumsum, 0j, jnp.ones(3))
+
+
+def test_complex_carry():
+    def f(c, x):
+        # Not holomorphic.
+        c = 0.5 * jnp.conj(c) * jnp.abs(c) + x
+        return c, c
+
+    xs = jnp.array([0.3 + 0.1j, -0.2j, 0.7, 0.1 + 0.4j])
+    actual, expected = deer_scan(f, 0.2 + 0j, xs), lax.scan(f, 0.2 + 0j, xs)
+    assert actual[1].dtype == expected[1].dtype
+    assert jnp.allclose(actual[0], expected[0], rtol=1e-9, atol=0)
+    assert jnp.allclose(actual[1], expected[1], rtol=1e-9, atol=0)

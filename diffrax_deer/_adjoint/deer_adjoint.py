@@ -399,7 +399,11 @@ def _error_if_failed(
                     "and `throw=False`.",
                 )
             ]
-    return error_if_any((recording, final_state), errors)
+    # Not of all that has been recorded, which would be copied. All that is returned
+    # depends on one of these.
+    number, y = error_if_any((recording.num_windows, final_state.y), errors)
+    recording = eqx.tree_at(lambda r: r.num_windows, recording, number)
+    return recording, with_results(final_state, y=y)
 
 
 def _is_subsaveat(x):
