@@ -435,10 +435,7 @@ def _save_points(points: Points, is_good, scheme: Scheme, made: Made) -> Points:
 
     def body(carry):
         ys, i = carry
-        # In a batch, some may be at the end already. (Then nothing is set.)
-        here = jnp.minimum(i, len(ts) - 1)
-        y = scheme.ravel(interpolation.evaluate(ts[here]))
-        return ys.at[here].set(y, mode="promise_in_bounds"), i + 1
+        return ys.at[i].set(scheme.ravel(interpolation.evaluate(ts[i]))), i + 1
 
     ys, number = eqxi.while_loop(
         *(goes_on, body, (points.ys, points.number)),
