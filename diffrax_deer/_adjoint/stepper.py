@@ -29,6 +29,9 @@ _CHUNK = 128
 _STAGES_IN_CHUNK = 32
 # Of how many steps at known times to evaluate the controls at once.
 _BLOCK = 256
+# ... and how many of these to differentiate at once. If there are more in a chunk then
+# controls cost less, but more of the last chunk may be made in vain.
+_KNOWN_CHUNK = 64
 
 
 class Made(eqx.Module):
@@ -218,7 +221,7 @@ class KnownSteps(AbstractSteps):
 
     def chunk(self, scheme: Scheme, max_windows: int) -> int:
         chunk = super().chunk(scheme, max_windows)
-        return chunk if self.max_chunk is not None else min(_BLOCK, max_windows)
+        return chunk if self.max_chunk is not None else min(_KNOWN_CHUNK, max_windows)
 
     def init(self, scheme, solver_state, controller_state, tnext):
         # Nothing yet.
