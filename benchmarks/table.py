@@ -57,8 +57,11 @@ def tables(file: Path) -> str:
 
 def in_short(file: Path) -> str:
     """Every task in a line: what users have, what is fair to compare with, and ours."""
-    rows = [row for row in json.loads(file.read_text())["rows"] if row.get("chosen")]
-    names = ("Tsit5, default", "Tsit5, `DeerAdjoint`", "`DeerSolver`, `DeerAdjoint`")
+    content = json.loads(file.read_text())
+    if "summary" in content:
+        return _spans_in_short(content["summary"])
+    rows = [row for row in content["rows"] if row.get("chosen")]
+    names = ("sequential", "sequential, `DeerAdjoint`", "`DeerSolver`, `DeerAdjoint`")
     cells = []
     for task in dict.fromkeys(row["task"] for row in rows):
         for what in ("value", "gradient"):
@@ -82,10 +85,36 @@ def _time(ms: float) -> str:
     return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
 
 
-def _kind(name: str) -> int:
+def _kind(name: str) -> int | None:
+    """Which of the three it is, or `None` for all others."""
     if name.startswith("DeerSolver"):
-        return 2
-    return 1 if "DeerAdjoint" in name else 0
+        return None if "adaptive" in name else 2
+    elif name.startswith(("Tsit5", "Euler")):
+        return 1 if "DeerAdjoint" in name else 0
+    return None
+
+
+def _spans_in_short(summary: list[dict[str, Any]]) -> str:
+    """In the median, and in the worst case."""
+    names = {
+        "DeerSolver()": "`DeerSolver()` in the same call, from a constant guess",
+        "GaussLegendre": "one window of `GaussLegendre(4)`, as accurate as `Tsit5`",
+    }
+    tolerances = ("1e-03", "1e-06", "1e-09")
+    cells = []
+    for name, label in names.items():
+        line = [label]
+        for tolerance in tolerances:
+            found = [
+                f"{row['median']:.2g} ({row['worst']:.2g})"
+                for row in summary
+                if row["name"] == name and f"rtol={tolerance}" in row["suite"]
+            ]
+            line += found or [""]
+        cells.append(line)
+    return _markdown(
+        ["", *(f"`rtol={x.replace('-0', '-')}`" for x in tolerances)], cells
+    )
 
 
 def _grid_summary(summary: list[dict[str, Any]]) -> str:
