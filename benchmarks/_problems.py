@@ -36,6 +36,8 @@ class Problem(NamedTuple):
 class Solved(NamedTuple):
     y1: Float[Array, " size"]
     num_iterations: Int[Array, ""]
+    # How many evaluations followed one another.
+    span: Int[Array, ""]
     okay: Bool[Array, ""]
 
 
@@ -104,7 +106,8 @@ def sequential(
             max_steps=problem.substeps + 1,
             adjoint=adjoint,
         )
-        return Solved(_final(sol), jnp.array(0), jnp.array(True))
+        span = 6 * problem.substeps + 1
+        return Solved(_final(sol), jnp.array(0), jnp.array(span), jnp.array(True))
 
     return solve
 
@@ -140,7 +143,9 @@ def parallel(problem: Problem, *, windows: int = 1, **kwargs: Any) -> Solve:
             throw=False,
         )
         okay = sol.result == dfx.RESULTS.successful
-        return Solved(_final(sol), sol.stats["num_iterations"], okay)
+        stats = sol.stats
+        counts = stats["num_iterations"], stats["sequential_evaluations"]
+        return Solved(_final(sol), *counts, okay)
 
     return solve
 

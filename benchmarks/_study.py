@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from tqdm import tqdm
 
-from ._problems import error, parallel, Problem, reference, sequential, Solve, Solved
-from ._timing import environment, measure
+from ._problems import error, parallel, Problem, reference, Solve, Solved
+from ._timing import environment
 
 
 _STYLE: dict[Any, Any] = {
@@ -43,28 +43,13 @@ def arguments(doc: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def compare(
-    problem: Problem,
-    solves: dict[str, Solve],
-    repeats: int,
-    columns: Row,
-) -> list[Row]:
-    """One row for each, and before these one for the sequential solver. All of
-    them begin with `columns`.
-    """
-    solves = {"sequential": sequential(problem), **solves}
-    timings = measure(solves, *problem.inputs, repeats=repeats, compile_repeats=1)
+def compare(problem: Problem, solves: dict[str, Solve], columns: Row) -> list[Row]:
+    """One row for each. All of them begin with `columns`. There are no timings: what is
+    counted does not depend on the device."""
     true = jax.jit(reference(problem))(*problem.inputs)
-    first = timings["sequential"].median
     return [
-        dict(
-            **columns,
-            name=name,
-            **outcome(timing.output, true),
-            median_ms=1e3 * timing.median,
-            ratio=timing.median / first,
-        )
-        for name, timing in timings.items()
+        dict(**columns, name=name, **outcome(jax.jit(solve)(*problem.inputs), true))
+        for name, solve in tqdm(solves.items(), unit="solve")
     ]
 
 
@@ -92,6 +77,7 @@ def outcome(solved: Solved, true: jax.Array) -> Row:
     return dict(
         converged=converged,
         iterations=int(solved.num_iterations),
+        span=int(solved.span),
         error=error(solved.y1, true) if converged else None,
     )
 

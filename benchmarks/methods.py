@@ -1,13 +1,17 @@
-"""What decides how many iterations `DeerSolver` makes: a study on the CPU.
+r"""What decides how many iterations `DeerSolver` makes, from a constant guess unless
+another one is asked for. Nothing is timed: what is counted is the same on any device.
 
-First all methods on all problems, each in a single window. Then one choice at a time
-is varied: the tolerance, the guess, the damping, the number of substeps, and the size
-of the state. What these are compared with is Tsit5, one step after the other over the
-same grid.
+First all methods on all problems, each in a single window of Tsit5. Then one choice at
+a time is varied: the tolerance, the guess, the damping, the number of substeps, and the
+size of the state.
+
+    python -m benchmarks.methods --output benchmarks/results/methods.json \
+        --figure docs/figures/methods.png
 """
 
 import functools as ft
 from collections.abc import Sequence
+from typing import Any
 
 import diffrax as dfx
 import diffrax_deer as deer
@@ -16,7 +20,6 @@ import jax.numpy as jnp
 from matplotlib.axes import Axes
 
 from . import _problems as zoo, _study as study
-from ._timing import print_environment
 
 
 jax.config.update("jax_enable_x64", True)
@@ -38,12 +41,17 @@ SIZES = [8, 32, 128, 256]
 SHORT = 8
 
 
-def methods(repeats: int) -> list[study.Row]:
+def solved(problem: zoo.Problem, windows: int = 1, **kwargs: Any) -> zoo.Solve:
+    """As on everything but CPUs, on which there is nothing to iterate on by default."""
+    guess = kwargs.pop("guess", deer.ConstantGuess())
+    return zoo.parallel(problem, windows=windows, guess=guess, **kwargs)
+
+
+def methods() -> list[study.Row]:
     rows = []
     for name, problem in zoo.problems().items():
-        solves = {key: zoo.parallel(problem, method=m) for key, m in METHODS.items()}
-        columns = dict(suite="methods", problem=name)
-        rows += study.compare(problem, solves, repeats, columns)
+        solves = {key: solved(problem, method=m) for key, m in METHODS.items()}
+        rows += study.compare(problem, solves, dict(suite="methods", problem=name))
     return rows
 
 
@@ -51,7 +59,9 @@ def tolerances() -> list[study.Row]:
     rows = []
     for name in ("van der Pol", "two bodies"):
         for method in ("DEER", "QuasiDEER"):
-            make = lambda rtol: dict(method=METHODS[method], rtol=rtol)
+            make = lambda rtol: dict(
+                method=METHODS[method], rtol=rtol, guess=deer.ConstantGuess()
+            )
             columns = dict(suite="rtol", problem=name, name=method)
             rows += study.sweep(zoo.problems()[name], "rtol", RTOLS, make, columns)
     return rows
@@ -80,7 +90,7 @@ def _nearby(problem: zoo.Problem) -> dfx.Solution:
     )
 
 
-def guesses(repeats: int) -> list[study.Row]:
+def guesses() -> list[study.Row]:
     rows = []
     problems = zoo.problems()
     problems["van der Pol"] = zoo.van_der_pol(40.0, 1024)
@@ -89,45 +99,42 @@ def guesses(repeats: int) -> list[study.Row]:
         windows = problem.substeps // SHORT
         choices: dict[str, tuple[deer.AbstractGuess, int]] = {
             "constant": (deer.ConstantGuess(), 1),
-            "coarse, 1/4": (deer.CoarseGuess(), 1),
+            "coarse, 1/4": (deer.CoarseGuess(steps=problem.substeps // 4), 1),
             "coarse, 1/16": (deer.CoarseGuess(steps=problem.substeps // 16), 1),
             "nested, 1 level": (deer.NestedGuess(), 1),
             "nested, 2 levels": (deer.NestedGuess(levels=2), 1),
             "nearby solution": (deer.SolutionGuess(_nearby(problem)), 1),
             "short windows, constant": (deer.ConstantGuess(), windows),
-            "short windows, coarse": (deer.CoarseGuess(), windows),
             "short windows, extrapolation": (deer.ExtrapolationGuess(), windows),
         }
         solves = {
-            key: zoo.parallel(problem, guess=guess, windows=windows)
+            key: solved(problem, windows, guess=guess)
             for key, (guess, windows) in choices.items()
         }
-        columns = dict(suite="guess", problem=name)
-        rows += study.compare(problem, solves, repeats, columns)
+        rows += study.compare(problem, solves, dict(suite="guess", problem=name))
     return rows
 
 
-def substeps(repeats: int) -> list[study.Row]:
+def substeps() -> list[study.Row]:
     rows = []
     for number in SUBSTEPS:
         problem = zoo.two_body(substeps=number)
         solves = {
-            key: zoo.parallel(problem, method=METHODS[key])
-            for key in ("DEER", "QuasiDEER")
+            key: solved(problem, method=METHODS[key]) for key in ("DEER", "QuasiDEER")
         }
         columns = dict(suite="substeps", problem="two bodies", substeps=number)
-        rows += study.compare(problem, solves, repeats, columns)
+        rows += study.compare(problem, solves, columns)
     return rows
 
 
-def sizes(repeats: int) -> list[study.Row]:
+def sizes() -> list[study.Row]:
     rows = []
     for size in SIZES:
         problem = zoo.neural(size)
         names = ("DEER", "QuasiDEER", "QuasiDEER, 4 samples", "ELK", "Picard")
-        solves = {key: zoo.parallel(problem, method=METHODS[key]) for key in names}
+        solves = {key: solved(problem, method=METHODS[key]) for key in names}
         columns = dict(suite="size", problem="neural", size=size)
-        rows += study.compare(problem, solves, repeats, columns)
+        rows += study.compare(problem, solves, columns)
     return rows
 
 
@@ -159,28 +166,27 @@ def draw(rows: Sequence[study.Row], panels: list[Axes]) -> None:
 
     names = []
     for marker, problem in zip("o^", ("van der Pol", "two bodies")):
-        names, ratios = series("name", "ratio", suite="guess", problem=problem)
-        guess.plot(ratios, range(len(names)), marker, label=problem)
+        where = dict(suite="guess", problem=problem, converged=True)
+        names, spans = series("name", "span", **where)
+        guess.plot(spans, range(len(names)), marker, label=problem)
     guess.set_yticks(range(len(names)), names)
     guess.invert_yaxis()
-    guess.set(xscale="log", xlabel="time / time of sequential Tsit5")
+    guess.set(xscale="log", xlabel="span")
     guess.set_title("Guess")
     guess.legend()
 
     for name in dict.fromkeys(row["name"] for row in rows if row["suite"] == "size"):
-        data = series("size", "median_ms", suite="size", name=name)
-        style = {"sequential": "k--", "ELK": "s:"}.get(name, "o-")
-        size.plot(*data, style, label=name)
-    size.set(xscale="log", yscale="log", xlabel="size of the state", ylabel="time / ms")
+        data = series("size", "iterations", suite="size", name=name)
+        size.plot(*data, "s:" if name == "ELK" else "o-", label=name)
+    size.set(xscale="log", yscale="log", xlabel="size of the state")
+    size.set_ylabel("iterations")
     size.set_title("Size of the state")
     size.legend()
 
 
 def main():
     args = study.arguments(__doc__)
-    rows = methods(args.repeats) + tolerances() + dampings()
-    rows += guesses(args.repeats) + substeps(args.repeats) + sizes(args.repeats)
-    print_environment()
+    rows = methods() + tolerances() + dampings() + guesses() + substeps() + sizes()
     study.show(rows)
     study.save(args, rows)
     study.figure(args.figure, (2, 2), ft.partial(draw, rows))

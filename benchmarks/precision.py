@@ -1,10 +1,13 @@
-"""Which parts of `DeerSolver` need how much precision: a study on the CPU.
+r"""Which parts of `DeerSolver` need how much precision. Nothing is timed.
 
 First everything in single or in double precision. Then only the scan, that is the
 linear recurrence between the substeps, in low precision, and all else in double
 precision: it only makes a correction, and its errors are corrected by the next one. Is
 that so also from a bad guess? And what becomes of the gradient, which is the solution
 of a linear recurrence itself?
+
+    python -m benchmarks.precision --output benchmarks/results/precision.json \
+        --figure docs/figures/precision.png
 """
 
 import functools as ft
@@ -26,7 +29,6 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from . import _problems as zoo, _study as study
-from ._timing import measure, print_environment
 
 
 jax.config.update("jax_enable_x64", True)
@@ -69,26 +71,24 @@ class LowPrecisionScan(AbstractScan):
         return jnp.clip(x, -largest, largest).astype(self.dtype)
 
 
-def whole(repeats: int) -> list[study.Row]:
+def whole() -> list[study.Row]:
     rows = []
     fine = zoo.two_body(substeps=2**14)
     true = jax.jit(zoo.reference(fine))(*fine.inputs)
     for number in SUBSTEPS:
         problem = zoo.two_body(substeps=number)
         same_grid = jax.jit(zoo.reference(problem))(*problem.inputs)
-        solvers = {"Tsit5": zoo.sequential(problem), "DEER": zoo.parallel(problem)}
-        solves = {
-            (name, dtype): _with_dtype(solve, dtype)
-            for name, solve in solvers.items()
-            for dtype in ("float64", "float32")
+        solvers = {
+            "Tsit5": zoo.sequential(problem),
+            "DEER": zoo.parallel(problem, guess=ConstantGuess()),
         }
-        timings = measure(solves, *problem.inputs, repeats=repeats, compile_repeats=1)
-        for (name, dtype), timing in timings.items():
-            row: study.Row = dict(substeps=number, name=name, dtype=dtype)
-            row |= study.outcome(timing.output, same_grid)
-            row["true_error"] = zoo.error(timing.output.y1, true)
-            row["median_ms"] = 1e3 * timing.median
-            rows.append(dict(suite="everything", **row))
+        for name, solve in solvers.items():
+            for dtype in ("float64", "float32"):
+                solved = jax.jit(_with_dtype(solve, dtype))(*problem.inputs)
+                row: study.Row = dict(substeps=number, name=name, dtype=dtype)
+                row |= study.outcome(solved, same_grid)
+                row["true_error"] = zoo.error(solved.y1, true)
+                rows.append(dict(suite="everything", **row))
     return rows
 
 
@@ -100,7 +100,9 @@ def tolerances() -> list[study.Row]:
     rows = []
     for name in ("van der Pol", "two bodies"):
         for dtype in DTYPES:
-            make = lambda rtol: dict(scan=LowPrecisionScan(dtype), rtol=rtol)
+            make = lambda rtol: dict(
+                scan=LowPrecisionScan(dtype), rtol=rtol, guess=ConstantGuess()
+            )
             columns = dict(suite="rtol", problem=name, dtype=dtype)
             rows += study.sweep(zoo.problems()[name], "rtol", RTOLS, make, columns)
     return rows
@@ -116,7 +118,8 @@ def guesses() -> list[study.Row]:
         problem = zoo.problems()[name]
         true = jax.jit(zoo.reference(problem))(*problem.inputs)
         for scan in tqdm(scans, unit="scan"):
-            for guess in (CoarseGuess(), ConstantGuess()):
+            steps = problem.substeps // 4
+            for guess in (CoarseGuess(steps=steps), ConstantGuess()):
                 solve = jax.jit(zoo.parallel(problem, scan=scan, guess=guess))
                 row = dict(suite="guess", problem=name, guess=type(guess).__name__)
                 row |= dict(dtype=scan.dtype, refine=scan.refine)
@@ -132,7 +135,9 @@ def gradients() -> list[study.Row]:
         for method in tqdm((DEER(), QuasiDEER()), unit="method"):
             for dtype in DTYPES:
                 scan = LowPrecisionScan(dtype)
-                solve = zoo.parallel(problem, scan=scan, method=method)
+                solve = zoo.parallel(
+                    problem, scan=scan, method=method, guess=ConstantGuess()
+                )
                 _, gradient = jax.jit(zoo.loss_and_grad(solve))(*problem.inputs)
                 row = dict(suite="gradient", problem=name, name=type(method).__name__)
                 row |= dict(dtype=dtype, error=zoo.error(gradient, true))
@@ -180,8 +185,7 @@ def draw(rows: Sequence[study.Row], panels: list[Axes]) -> None:
 
 def main():
     args = study.arguments(__doc__)
-    rows = whole(args.repeats) + tolerances() + guesses() + gradients()
-    print_environment()
+    rows = whole() + tolerances() + guesses() + gradients()
     study.show(rows)
     study.save(args, rows)
     study.figure(args.figure, (2, 2), ft.partial(draw, rows))
