@@ -305,7 +305,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
         # Step size controllers divide the error by the solution, which so has to be
         # finite also when the error is not.
-        y1 = unravel(jnp.where(okay, whole.y1, problem.scheme.ravel(problem.y0)))
+        y1 = unravel(jnp.where(okay, whole.y1, whole.y0))
         y_error = self._error(problem, whole, at, outputs.y_error)
         if y_error is not None:
             is_usable = okay & placed.is_accurate

@@ -2,9 +2,9 @@
 gradients of parameters in an adjoint equation. There is nothing to be solved for them.
 """
 
+import functools as ft
 import math
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .base import Iterate
 from .elimination import weighted
+from .stages import all_stages
 from .tableau import Tableau
 
 
@@ -94,42 +95,44 @@ class Whole(eqx.Module):
 
     **Attributes:**
 
-    - `y1`: the value at the end of the last one.
-    - `starts`: the values at their starts.
-    - `at`: those at their ends, and their stages.
+    - `y0`, `y1`: the values at the start of the first and at the end of the last one.
+    - `at`: the values at the ends of all, and their stages.
     - `errors`: their error estimates. `None` if these do not follow from the stages.
     """
 
+    y0: Float[Array, " size"]
     y1: Float[Array, " size"]
-    starts: Float[Array, "substeps size"]
     at: Iterate
     errors: Float[Array, "substeps size"] | None
 
+    @property
+    def starts(self) -> Float[Array, "substeps size"]:
+        return jnp.concatenate([self.y0[None], self.at.ys[:-1]])
+
 
 def integrate(
-    value: Callable[[Any, Array], Float[Array, "parts stages size"]],
+    fns: tuple[Callable, ...],
     tableau: Tableau,
     xs: PyTree[Array],
     points: Float[Array, "substeps stages _size"],
     y0: Float[Array, " size"],
 ) -> Whole:
-    """The steps of what is not read, given the `points` that its vector field reads:
-    sums. `value(x, points)` are the increments of the stages of one substep."""
+    """The steps of what is not read, which are sums. Of each part there is a function
+    `(control, time, vector) -> vector` of what is read, to be evaluated at `points`."""
     substeps, shape = len(points), (*tableau.b.shape, y0.size)
-    most = _MAX_BYTES // (math.prod(shape) * y0.dtype.itemsize)
+    most = _MAX_BYTES // max(math.prod(shape) * y0.dtype.itemsize, 1)
     divisors = (n for n in range(1, substeps + 1) if substeps % n == 0)
     chunk = max(n for n in divisors if n <= max(most, 1))
     is_optional = jnp.asarray(tableau.is_optional)[..., None]
 
     def body(y, inputs):
-        ks = jax.vmap(value)(*inputs).reshape(chunk, *shape).astype(y.dtype)
+        ks = jax.vmap(ft.partial(all_stages, fns, tableau))(*inputs)
+        ks = ks.reshape(chunk, *shape).astype(y.dtype)
         # As in an iteration: no failure, but an error estimate made of it is large.
         too_much = is_optional & jnp.invert(jnp.isfinite(ks))
         ks = jnp.where(too_much, jnp.finfo(ks.dtype).max / 8, ks)
         ys = y + jnp.cumsum(weighted(tableau.b, ks), axis=0)
-        starts = jnp.concatenate([y[None], ys[:-1]])
-        errors = weighted(tableau.b_error, ks)
-        return ys[-1], (starts, Iterate(ys, ks), errors)
+        return ys[-1], (Iterate(ys, ks), weighted(tableau.b_error, ks))
 
     # All that is not asked for, such as any of it but the last value, is dead code.
     split = lambda x: x.reshape(substeps // chunk, chunk, *x.shape[1:])
@@ -137,4 +140,4 @@ def integrate(
     if chunk < substeps:
         body = jax.checkpoint(body, prevent_cse=False)
     y1, out = lax.scan(body, y0, jtu.tree_map(split, (xs, points)))
-    return Whole(y1, *jtu.tree_map(join, out))
+    return Whole(y0, y1, *jtu.tree_map(join, out))

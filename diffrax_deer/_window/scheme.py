@@ -1,4 +1,3 @@
-import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any
@@ -158,10 +157,10 @@ class Scheme(eqx.Module):
         """All that is not read as well, if these are the steps of what is."""
         tableau, split = self.tableau, self.split
         errors = None if tableau is None else weighted(tableau.b_error, at.ks)
-        whole = Whole(at.ys[-1], window.starts(at.ys), at, errors)
+        whole = Whole(window.y0, at.ys[-1], at, errors)
         if split.is_trivial:
             return whole
-        assert isinstance(window, StageWindow)
+        assert tableau is not None
         core, y0 = self.core, split.unread(self.y0)
 
         def increment(term, control, t, y):
@@ -169,11 +168,10 @@ class Scheme(eqx.Module):
             y = term.vf_prod(t, y, self.args, control)
             return ravel(split.unread(y), y0)
 
-        terms = _parts(window.tableau, self.terms)
+        terms = _parts(tableau, self.terms)
         fns = tuple(ft.partial(increment, term) for term in terms)
-        value = dataclasses.replace(window, fns=fns).value
         points = window.points(at)
-        unread = integrate(value, window.tableau, window.xs, points, ravel(y0, y0))
+        unread = integrate(fns, tableau, window.xs, points, ravel(y0, y0))
         return jtu.tree_map(self._join, whole, unread)
 
     def read(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape _size"]:
