@@ -77,6 +77,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     - A window on which the iteration fails has an infinite error estimate. So an
         adaptive step size controller will try again with a smaller one, whilst with
         constant steps `diffeqsolve` reports the failure.
+    - Leaves of the state that the vector field does not read (a running cost, say, or a
+        log-density) are not solved for but summed up, if the wrapped solver is a
+        Runge--Kutta method.
     - Derivatives are obtained from the implicit function theorem, in any mode and of
         any order that `diffeqsolve(..., adjoint=...)` supports. They are those of the
         wrapped solver.
@@ -492,7 +495,8 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     in single precision (the lowest precision of all leaves of the state). `atol`
     defaults to `0.01 * rtol`, or to as much less as the largest value is less than 1.
 - `norm`: a function `PyTree -> Scalar` that says how large a change is, relative to the
-    tolerances. It is called with an array of shape `(substeps, size of the state)`.
+    tolerances. It is called with an array of shape `(substeps, size)`, where `size` is
+    that of those leaves of the state that the vector field reads.
 - `max_iters`: the maximum number of iterations for each window, or each time that its
     grid moves. A positive integer. If more would be needed then the window fails.
     Defaults to one more than there are unknowns: `substeps`, times the number of stages

@@ -1,6 +1,7 @@
 """Leaves of the state that no vector field reads."""
 
 import functools as ft
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -213,7 +214,7 @@ def test_backsolve_through_a_large_network(guess):
         return weighted_sum(_solve(inputs, solver, 1.0, adjoint).ys)
 
     grad = lambda adjoint: jax.jit(jax.grad(lambda params: loss(params, adjoint)))
-    compiled = grad(diffrax.BacksolveAdjoint()).lower(params).compile()
+    compiled: Any = grad(diffrax.BacksolveAdjoint()).lower(params).compile()
     # The stages of all substeps would take 700 MB.
     assert compiled.memory_analysis().temp_size_in_bytes < 2**28
     assert max_error(compiled(params), grad(DeerAdjoint())(params)) < 1e-6
