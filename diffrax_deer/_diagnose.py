@@ -42,7 +42,9 @@ from ._window import (
     AbstractWindow,
     Discretisation,
     Iterate,
+    leaves_read,
     ravel,
+    Split,
     tableau_of,
     uniform_grid,
 )
@@ -322,7 +324,8 @@ def diagnose(
     okay = infos["okay"] == 1
     solved = float(np.sum(np.abs(np.diff(ts)), where=okay))
     growth = float(np.sum(infos["growth"], where=okay))
-    size = sum(np.size(leaf) for leaf in jtu.tree_leaves(y0))
+    reads = leaves_read(solver.solver, terms, t0, t1, y0, args)
+    size = sum(np.size(leaf) for leaf in jtu.tree_leaves(Split(y0, reads).read(y0)))
     return Report(
         solver=solver,
         size=size,

@@ -8,7 +8,7 @@ from diffrax import RESULTS
 from jaxtyping import Array, Float
 
 from ._iterate import JointSolution
-from ._window import AbstractWindow, Discretisation, Iterate
+from ._window import Discretisation, Iterate
 
 
 # A coarser grid need not have a solution, and then it is as well to find that out soon.
@@ -16,7 +16,7 @@ _MAX_ITERS = 16
 
 
 def accumulated_error(
-    window: AbstractWindow,
+    starts: Float[Array, "substeps size"],
     ys: Float[Array, "substeps size"],
     errors: Float[Array, "substeps size"],
 ) -> Float[Array, " size"]:
@@ -28,7 +28,6 @@ def accumulated_error(
     """
     # The controller compares with the values at the ends of the window, hence this
     # where the solution is larger in between.
-    starts = window.starts(ys)
     size_at_ends = jnp.maximum(jnp.abs(starts[:1]), jnp.abs(ys[-1:]))
     size = jnp.maximum(jnp.abs(starts), jnp.abs(ys))
     errors = errors * jnp.where(size > size_at_ends, size_at_ends / size, 1)
@@ -47,8 +46,8 @@ def error_by_halving(
 
     If it is not used, as with constant steps, then XLA leaves it away.
     """
-    _, _, solution = halve(problem, at, solve)
-    difference = jnp.abs(at.ys[-1] - solution.at.ys[-1])
+    coarse, _, solution = halve(problem, at, solve)
+    difference = jnp.abs(problem.whole(at).y1 - coarse.whole(solution.at).y1)
     return jnp.where(solution.result == RESULTS.successful, difference, jnp.inf)
 
 

@@ -45,9 +45,13 @@ from ._scan import AbstractScan, AutoScan
 from ._state import DeerState
 from ._window import (
     Discretisation,
+    is_finite,
     Iterate,
+    leaves_read,
+    Split,
     time_at,
     uniform_grid,
+    Whole,
     WindowInterpolationFactory,
 )
 
@@ -73,6 +77,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     - A window on which the iteration fails has an infinite error estimate. So an
         adaptive step size controller will try again with a smaller one, whilst with
         constant steps `diffeqsolve` reports the failure.
+    - Leaves of the state that the vector field does not read (a running cost, say, or a
+        log-density) are not solved for but summed up, if the wrapped solver is a
+        Runge--Kutta method.
     - Derivatives are obtained from the implicit function theorem, in any mode and of
         any order that `diffeqsolve(..., adjoint=...)` supports. They are those of the
         wrapped solver.
@@ -203,14 +210,14 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         y0: Y,
         args: Args,
     ) -> DeerState:
-        del terms, t1, args
+        reads = leaves_read(self.solver, terms, t0, t1, y0, args)
         # Equal to the times of no window.
         never, zero = jnp.full_like(t0, jnp.nan), jnp.array(0, jnp.int32)
         fractions, required_substeps = self.grid.init(self.substeps, never.dtype)
         return DeerState(
             t0=never,
             t1=never,
-            ys=self._zero_trajectory(y0),
+            ys=self._zero_trajectory(y0, reads),
             num_iterations=zero,
             sequential_evaluations=zero,
             fractions=fractions,
@@ -229,7 +236,6 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
         del made_jump
         check_state(y0, "y0")
-        self.check_solver_state(solver_state, y0)
         solved = self.solve_window(terms, t0, t1, y0, args, solver_state)
         state = solved.state
         dense_info: DenseInfo = dict(dense_infos=solved.dense_infos)
@@ -247,11 +253,13 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         solver_state: DeerState,
     ) -> "SolvedWindow":
         """On a grid of its own."""
+        reads = leaves_read(self.solver, terms, t0, t1, y0, args)
+        self.check_solver_state(solver_state, y0, reads)
         ts = uniform_grid(t0, t1, self.substeps)
         if solver_state.fractions is not None:
             is_same = (solver_state.t0 == t0) & (solver_state.t1 == t1)
             ts = jnp.where(is_same, time_at(t0, t1, solver_state.fractions), ts)
-        problem = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0)
+        problem = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0, reads)
         return self._solve(problem, self.grid, solver_state)
 
     def solve_on(
@@ -281,8 +289,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         if placed.fractions is not None:
             problem = problem.on(problem.between(placed.fractions))
         solution = with_derivative(placed.solution, self.iteration(problem))
-        at, unravel = solution.at, problem.unravel
-        outputs = problem.outputs(at)
+        at, whole = solution.at, problem.whole(solution.at)
+        outputs, unravel = problem.outputs(whole), problem.scheme.unravel
 
         # A solver may also have failed on one of the substeps.
         failed = jnp.atleast_1d(outputs.result != RESULTS.successful)
@@ -291,12 +299,17 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         )
         joint_okay = solution.result == RESULTS.successful
         result = RESULTS.where(joint_okay, result, solution.result)
+        if not problem.scheme.split.is_trivial:
+            # What is not read, the iteration has not seen.
+            is_new = (result == RESULTS.successful) & jnp.invert(is_finite(whole.y1))
+            nonfinite = RESULTS.promote(optx.RESULTS.nonfinite)
+            result = RESULTS.where(is_new, nonfinite, result)
         okay = result == RESULTS.successful
 
         # Step size controllers divide the error by the solution, which so has to be
         # finite also when the error is not.
-        y1 = unravel(jnp.where(okay, at.ys[-1], problem.window.y0))
-        y_error = self._error(problem, solution, outputs.y_error)
+        y1 = unravel(jnp.where(okay, whole.y1, whole.y0))
+        y_error = self._error(problem, whole, at, outputs.y_error)
         if y_error is not None:
             is_usable = okay & placed.is_accurate
             y_error = jnp.where(is_usable, lax.stop_gradient(y_error), jnp.inf)
@@ -314,7 +327,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             too_few = okay & jnp.invert(placed.is_accurate)
             result = RESULTS.where(too_few, RESULTS.dt_min_reached, result)
         return SolvedWindow(
-            *(problem, y1, y_error, outputs.dense_info, state, result, at)
+            *(problem, y1, y_error, outputs.dense_info, state, result, at, whole)
         )
 
     def iteration(self, problem: Discretisation) -> Iteration:
@@ -377,16 +390,17 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     def _error(
         self,
         problem: Discretisation,
-        solution: JointSolution,
+        whole: Whole,
+        at: Iterate,
         y_errors: PyTree[Array] | None,
     ) -> Float[Array, " size"] | None:
         if self._estimates_by_halving:
-            return error_by_halving(problem, solution.at, self._solve_from)
+            return error_by_halving(problem, at, self._solve_from)
         elif y_errors is None:
             return None
         else:
-            errors = problem.ravel_all(y_errors)
-            return accumulated_error(problem.window, solution.at.ys, errors)
+            errors = problem.scheme.ravel_all(y_errors, problem.substeps)
+            return accumulated_error(whole.starts, whole.at.ys, errors)
 
     @property
     def _estimates_by_halving(self):
@@ -404,14 +418,16 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
                 f"not. Expected\n{expected}\nbut got\n{guess}"
             )
 
-    def _zero_trajectory(self, y0):
+    def _zero_trajectory(self, y0, reads):
         def zeros(y):
             return jnp.zeros((self.substeps, *jnp.shape(y)), jnp.result_type(y))
 
-        return jtu.tree_map(zeros, y0)
+        return jtu.tree_map(zeros, Split(y0, reads).read(y0))
 
-    def check_solver_state(self, solver_state: Any, y0: Y) -> None:
-        expected = jax.eval_shape(lambda: self._zero_trajectory(y0))
+    def check_solver_state(
+        self, solver_state: Any, y0: Y, reads: tuple[bool, ...]
+    ) -> None:
+        expected = jax.eval_shape(lambda: self._zero_trajectory(y0, reads))
         if isinstance(solver_state, DeerState):
             actual = jax.eval_shape(lambda: solver_state.ys)
             of_grid = self.grid.init(self.substeps, jnp.result_type(solver_state.t0))
@@ -441,6 +457,7 @@ class SolvedWindow(eqx.Module):
     - `state`: what is known when the next window begins.
     - `result`: whether it has been solved.
     - `at`: all unknowns.
+    - `whole`: the same, and all that follows from them.
     """
 
     problem: Discretisation
@@ -450,6 +467,7 @@ class SolvedWindow(eqx.Module):
     state: DeerState
     result: RESULTS
     at: Iterate
+    whole: Whole
 
 
 DeerSolver.__init__.__doc__ = """**Arguments:**
@@ -477,7 +495,8 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     in single precision (the lowest precision of all leaves of the state). `atol`
     defaults to `0.01 * rtol`, or to as much less as the largest value is less than 1.
 - `norm`: a function `PyTree -> Scalar` that says how large a change is, relative to the
-    tolerances. It is called with an array of shape `(substeps, size of the state)`.
+    tolerances. It is called with an array of shape `(substeps, size)`, where `size` is
+    that of those leaves of the state that the vector field reads.
 - `max_iters`: the maximum number of iterations for each window, or each time that its
     grid moves. A positive integer. If more would be needed then the window fails.
     Defaults to one more than there are unknowns: `substeps`, times the number of stages

@@ -15,7 +15,8 @@ class DeerState(eqx.Module):
         before the first one.
     - `ys`: the trajectory over the last window, at the ends of its substeps. A PyTree
         like the state of the differential equation, with an additional leading axis of
-        size `substeps` on every leaf.
+        size `substeps` on every leaf, and with `None` for leaves that the vector field
+        does not read.
     - `num_iterations`: the number of iterations made to find it. An integer.
     - `sequential_evaluations`: how many evaluations of the vector field, or of its
         derivative, followed one another to find it. (Of a solver that is no

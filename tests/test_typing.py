@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import optimistix
 
+def vector_field(t, y, args):
+    return {"a": -y["b"], "b": y["a"], "cost": jnp.sum(y["a"])}
+
 def solve(y0, solver, controller, adjoint):
     saveat = diffrax.SaveAt(
         t1=True, ts=jnp.array([0.3]), steps=True, dense=True, solver_state=True
@@ -24,7 +27,7 @@ def solve(y0, solver, controller, adjoint):
         lambda t, y, args, **kwargs: jnp.sum(y["a"]) + 1, optimistix.Newton(1e-5, 1e-5)
     )
     sol = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, y, args: {"a": -y["b"], "b": y["a"]}),
+        diffrax.ODETerm(vector_field),
         solver,
         0,
         1,
@@ -38,7 +41,7 @@ def solve(y0, solver, controller, adjoint):
     )
     return jnp.sum(sol.ys["a"][0])
 
-y0 = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
+y0 = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3)), "cost": jnp.ones(())}
 pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
 clip = diffrax.ClipStepSizeController(pid, jump_ts=[0.5])
 constant = diffrax.ConstantStepSize()

@@ -68,7 +68,7 @@ def test_outputs_are_those_of_the_solver(solver):
     # Up to what its own root finder leaves.
     discretisation = _problem(solver)
     at = jax.jit(lambda: discretisation.sequential())()
-    outputs: Any = discretisation.outputs(at)
+    outputs: Any = discretisation.outputs(discretisation.whole(at))
     step = OneStepMap(solver, discretisation.terms, discretisation.args)
     y0 = discretisation.y0
     for n, (t0, t1) in enumerate(zip(discretisation.t0s, discretisation.t1s)):
@@ -187,7 +187,7 @@ def test_interpolation():
         saveat=diffrax.SaveAt(ts=ts),
     ).ys
     assert max_error(discretisation.evaluate(at, ts), exact) < 1e-8
-    infos = discretisation.outputs(at).dense_info
+    infos = discretisation.outputs(discretisation.whole(at)).dense_info
     info = jtu.tree_map(lambda x: x[11], infos)
     t0, t1 = discretisation.t0s[11], discretisation.t1s[11]
     interpolation = discretisation.scheme.interpolation(t0, t1, info)

@@ -12,7 +12,7 @@ from .._failure import error_if_any
 from .._grid import AdaptiveGrid
 from .._implicit import without_gradient
 from .._solver import DeerSolver
-from .._window import has_tree, ravel, Scheme
+from .._window import has_tree, leaves_read, ravel, Scheme
 from .event import call_event, event_time
 from .loop import Layout, record, Recording, unmerged, with_results
 from .save import save
@@ -159,6 +159,13 @@ class DeerAdjoint(AbstractAdjoint):
         # These are caches and guesses, and not differentiable.
         del passed_solver_state, passed_controller_state
         _check(solver, terms, init_state)
+        one_step_solver = solver.solver if type(solver) is DeerSolver else solver
+        reads = leaves_read(
+            *(one_step_solver, terms, t0, init_state.tnext, init_state.y, args)
+        )
+        if type(solver) is DeerSolver:
+            solver.check_solver_state(init_state.solver_state, init_state.y, reads)
+        scheme = Scheme(one_step_solver, terms, args, init_state.y, reads)
         if are_known(stepsize_controller):
             times = KnownTimes(
                 *(stepsize_controller, init_state.controller_state),
@@ -168,10 +175,9 @@ class DeerAdjoint(AbstractAdjoint):
             times = None
         y0 = ravel(init_state.y, init_state.y)
         stepper = self._stepper(
-            *(solver, stepsize_controller, times, event, max_steps, y0),
+            *(solver, stepsize_controller, times, event, max_steps, scheme.read(y0)),
             has_tree(terms),
         )
-        scheme = Scheme(stepper.one_step_solver, terms, args, init_state.y)
         layout = self._layout(
             stepper, stepsize_controller, scheme, saveat, y0, max_steps
         )
@@ -332,8 +338,6 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
 def _check(solver, terms, init_state):
     check_one_step_solver(solver, "diffeqsolve(..., solver=..., adjoint=DeerAdjoint())")
     check_state(init_state.y, "y0")
-    if type(solver) is DeerSolver:
-        solver.check_solver_state(init_state.solver_state, init_state.y)
     is_unsafe = lambda x: isinstance(x, UnsafeBrownianPath)
     if any(map(is_unsafe, jtu.tree_leaves(terms, is_leaf=is_unsafe))):
         raise ValueError(

@@ -63,11 +63,6 @@ class AbstractStepper(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def one_step_solver(self) -> AbstractSolver:
-        """What makes the substeps."""
-
-    @property
-    @abc.abstractmethod
     def substeps(self) -> int:
         """How many of them each step of `solver` consists of."""
 
@@ -143,10 +138,6 @@ class AbstractSteps(AbstractStepper):
 
     controller: AbstractVar[Any]
     max_chunk: AbstractVar[int | None]
-
-    @property
-    def one_step_solver(self) -> AbstractSolver:
-        return self.solver
 
     @property
     def substeps(self) -> int:
@@ -263,10 +254,6 @@ class AbstractWindows(AbstractStepper):
     """The windows of a `DeerSolver`."""
 
     solver: AbstractVar[DeerSolver]
-
-    @property
-    def one_step_solver(self) -> AbstractSolver:
-        return self.solver.solver
 
     @property
     def substeps(self) -> int:
@@ -390,7 +377,7 @@ def _made(solved: SolvedWindow) -> Made:
             state.fractions,
             solved.y1,
             solved.y_error,
-            solved.at,
+            solved.whole.at,
             state,
         ),
         *(solved.result, state.num_iterations, state.sequential_evaluations),

@@ -125,7 +125,7 @@ class Problem(eqx.Module):
         scheme = self.scheme
         part = Discretisation(
             *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
-            scheme.unravel(start),
+            *(scheme.unravel(start), scheme.reads),
         )
         if self.linearisation is None:
             made = part.sequential()
@@ -136,10 +136,10 @@ class Problem(eqx.Module):
             is_used = of_all < self.substeps.number
             ys = jnp.where(is_used[:, None], at.ys, end[None])
             ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
-            made: Iterate = implicit_solution(
-                Iterate(ys, ks), part.window, method=method, scan=scan
-            )
-        return Rows(jnp.concatenate([start[None], made.ys[:-1]]), made)
+            at = Iterate(scheme.read(ys), scheme.read(ks))
+            made: Iterate = implicit_solution(at, part.window, method=method, scan=scan)
+        whole = part.whole(made)
+        return Rows(whole.starts, whole.at)
 
 
 def solution(values: Values, problem: Problem) -> Values:
@@ -391,4 +391,4 @@ class Trajectory(eqx.Module):
         at = Iterate(ys, jnp.where(is_used[:, None, None, None], rows.at.ks, 0))
         t0s, t1s = ts
         scheme = self.problem.scheme
-        return scheme.outputs(scheme.inputs(t0s, t1s), starts, at).dense_info
+        return scheme.outputs(scheme.inputs(t0s, t1s), starts, at, None).dense_info

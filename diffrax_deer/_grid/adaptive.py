@@ -14,7 +14,7 @@ from .._collocation import AbstractCollocation
 from .._custom_types import RealScalarLike
 from .._error import halve
 from .._iterate import JointSolution
-from .._window import Discretisation, Iterate
+from .._window import Discretisation, Iterate, Whole
 from .base import AbstractGrid, Guess, Placed, Solve
 from .density import rms, shares, spread
 
@@ -120,8 +120,8 @@ class AdaptiveGrid(AbstractGrid):
             max_iters = jnp.where(is_first, jnp.iinfo(jnp.int32).max, _MAX_ITERS)
             solution = solve(here, state.guess, max_iters)
             okay = solution.result == RESULTS.successful
-            scale = self._scale(here, solution.at.ys)
-            parts = shares(here, solution.at, scale)
+            whole = here.whole(solution.at)
+            parts = shares(here, whole, self._scale(whole))
             may_move = okay & (parts.most_gain > _WORTHWHILE)
             may_move = may_move & (state.num_moves < self.max_moves)
             # In a batch, all or none.
@@ -174,11 +174,10 @@ class AdaptiveGrid(AbstractGrid):
         solution = dataclasses.replace(solution, span=solution.span + span)
         return Placed(fractions, solution, required, factor <= 1)
 
-    def _scale(
-        self, problem: Discretisation, ys: Float[Array, "substeps size"]
-    ) -> Float[Array, "#substeps size"]:
+    def _scale(self, whole: Whole) -> Float[Array, "#substeps size"]:
         """What the errors of all substeps are compared with."""
-        sizes = jnp.maximum(jnp.abs(problem.window.starts(ys)), jnp.abs(ys))
+        ys = whole.at.ys
+        sizes = jnp.maximum(jnp.abs(whole.starts), jnp.abs(ys))
         if self.rtol is None or self.atol is None:
             sizes = jnp.max(sizes, axis=0, keepdims=True, initial=0)
             largest = jnp.max(sizes, initial=0)
@@ -200,20 +199,22 @@ class AdaptiveGrid(AbstractGrid):
         coarse, among, solution_on_half = halve(problem, at, solve)
         # Of every substep of the coarse grid that is about a quarter and three.
         middles = (problem.t0s + problem.t1s) / 2
-        scale = self._scale(problem, at.ys)
+        whole = problem.whole(at)
+        scale = self._scale(whole)
 
         def size(errors, scale):
             norms = rms(errors / scale)
             return jnp.max(norms, initial=0).astype(problem.t0s.dtype)
 
         last = among[1:] - 1
-        at_points = size(solution_on_half.at.ys - at.ys[last], scale[last])
+        on_half = coarse.whole(solution_on_half.at)
+        at_points = size(on_half.at.ys - whole.at.ys[last], scale[last])
         between = jtu.tree_map(
             jnp.subtract,
             coarse.evaluate(solution_on_half.at, middles),
             problem.evaluate(at, middles),
         )
-        between = size(problem.ravel_all(between), scale)
+        between = size(problem.scheme.ravel_all(between, problem.substeps), scale)
         errors = (at_points, order), (between, _interpolation_order(problem, order))
         # For each of the two kinds, by how much a grid is too coarse.
         factors = jnp.stack([(error / (2**p - 1)) ** (1 / p) for error, p in errors])

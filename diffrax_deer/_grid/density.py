@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from .._custom_types import RealScalarLike
-from .._window import Discretisation, Iterate
+from .._window import Discretisation, Whole
 
 
 # How often the density of substeps is averaged with that of its neighbours. It is an
@@ -36,18 +36,18 @@ class Shares(eqx.Module):
 
 
 def shares(
-    problem: Discretisation, at: Iterate, scale: Float[Array, "substeps size"]
+    problem: Discretisation, whole: Whole, scale: Float[Array, "substeps size"]
 ) -> Shares:
     """By the error estimates of the wrapped solver, relative to `scale`. If it has none
     then by the curvature of the solution."""
-    y_errors = problem.outputs(at).y_error
+    y_errors = problem.outputs(whole).y_error
     order = problem.solver.error_order(problem.terms)
     if y_errors is not None and isinstance(order, (int, float)):
-        errors = problem.ravel_all(y_errors) / scale
+        errors = problem.scheme.ravel_all(y_errors, problem.substeps) / scale
     else:
         order = 2
         lengths = (problem.t1s - problem.t0s).astype(scale.dtype)[:, None]
-        increments = (at.ys - problem.window.starts(at.ys)) / scale
+        increments = (whole.at.ys - whole.starts) / scale
         slopes = increments / lengths
         bend = jnp.diff(slopes, axis=0)
         none = jnp.zeros_like(slopes[:1])

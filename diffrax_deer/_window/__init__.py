@@ -22,6 +22,7 @@ from .one_step import (
     OneStepMap as OneStepMap,
     Substep as Substep,
 )
+from .quadrature import Split as Split, Whole as Whole
 from .reals import ravel as ravel, unravel_like as unravel_like
 from .rounding import (
     among_neighbours as among_neighbours,
@@ -30,6 +31,10 @@ from .rounding import (
     noise as noise,
     noise_of_linear as noise_of_linear,
 )
-from .scheme import precision as precision, Scheme as Scheme
+from .scheme import (
+    leaves_read as leaves_read,
+    precision as precision,
+    Scheme as Scheme,
+)
 from .stages import StageWindow as StageWindow
 from .tableau import Tableau as Tableau, tableau_of as tableau_of

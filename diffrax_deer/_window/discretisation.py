@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +10,8 @@ from jaxtyping import Array, Float, PyTree, Real
 from .base import AbstractWindow, Iterate
 from .interpolation import time_at
 from .one_step import Substep
-from .scheme import Scheme
+from .quadrature import Whole
+from .scheme import leaves_read, Scheme
 from .stages import StageWindow
 
 
@@ -24,7 +24,9 @@ class Discretisation(eqx.Module):
     - `terms`, `args`: the differential equation.
     - `t0s`, `t1s`: when each of the steps begins and ends.
     - `y0`: the value at the first of these.
-    - `window`: all of its steps, to be solved jointly.
+    - `window`: all of its steps, to be solved jointly, for those leaves of the state
+        that the vector field reads. The others are no unknowns.
+    - `reads`: which leaves these are.
     """
 
     solver: AbstractSolver
@@ -34,6 +36,7 @@ class Discretisation(eqx.Module):
     t1s: Real[Array, " substeps"]
     y0: PyTree[Array]
     window: AbstractWindow
+    reads: tuple[bool, ...] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -43,14 +46,24 @@ class Discretisation(eqx.Module):
         t0s: Real[Array, " substeps"],
         t1s: Real[Array, " substeps"],
         y0: PyTree[Array],
+        reads: tuple[bool, ...] | None = None,
     ):
         self.solver, self.terms, self.args = solver, terms, args
         self.t0s, self.t1s, self.y0 = t0s, t1s, y0
-        self.window = self.scheme.window(t0s, t1s, self.scheme.ravel(y0))
+        if reads is None:
+            reads = leaves_read(solver, terms, t0s[0], t1s[0], y0, args)
+        self.reads = reads
+        core = self.core
+        self.window = core.window(t0s, t1s, core.ravel(core.y0))
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(self.solver, self.terms, self.args, self.y0)
+        return Scheme(self.solver, self.terms, self.args, self.y0, self.reads)
+
+    @property
+    def core(self) -> Scheme:
+        """The same, for what is read only."""
+        return self.scheme.core
 
     @property
     def ts(self) -> Real[Array, " substeps_plus_1"]:
@@ -78,12 +91,16 @@ class Discretisation(eqx.Module):
         self, ts: Real[Array, " substeps_plus_1"], solver: AbstractSolver | None = None
     ) -> "Discretisation":
         """The same on another grid."""
+        # Of another solver, all leaves may have to be solved for.
+        reads = self.reads if solver is None else None
         solver = self.solver if solver is None else solver
-        return Discretisation(solver, self.terms, self.args, ts[:-1], ts[1:], self.y0)
+        return Discretisation(
+            *(solver, self.terms, self.args, ts[:-1], ts[1:], self.y0, reads)
+        )
 
     def sequential(self) -> Iterate:
         """The solution, by one step after the other."""
-        window, scheme = self.window, self.scheme
+        window, scheme = self.window, self.core
         if isinstance(window, StageWindow) and window.is_explicit:
             return window.sequential()
 
@@ -93,7 +110,7 @@ class Discretisation(eqx.Module):
             y1, dense_info = substep.y1, substep.dense_info
             return y1, (scheme.ravel(y1), scheme.stages(t0, t1, y, y1, dense_info))
 
-        _, (ys, ks) = lax.scan(body, self.y0, window.xs)
+        _, (ys, ks) = lax.scan(body, scheme.y0, window.xs)
         return Iterate(ys, ks)
 
     @property
@@ -102,24 +119,29 @@ class Discretisation(eqx.Module):
         Runge--Kutta method, how many steps.)"""
         return self.substeps * self.scheme.span
 
-    def outputs(self, at: Iterate) -> Substep:
+    def whole(self, at: Iterate) -> Whole:
+        """The steps of the solver, of all leaves."""
+        return self.scheme.whole(self.window, at)
+
+    def outputs(self, whole: Whole) -> Substep:
         """What the solver returns for each of its steps."""
-        starts = self.window.starts(at.ys)
-        return self.scheme.outputs(self.window.xs, starts, at)
+        return self.scheme.outputs(
+            *(self.window.xs, whole.starts, whole.at, whole.errors)
+        )
 
     def evaluate(self, at: Iterate, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, by the interpolation of the solver."""
         index = jnp.searchsorted(lax.stop_gradient(self.t1s), ts)
         index = jnp.clip(index, 0, self.substeps - 1)
-        infos = jtu.tree_map(lambda x: x[index], self.outputs(at).dense_info)
+        infos = self.outputs(self.whole(at)).dense_info
+        infos = jtu.tree_map(lambda x: x[index], infos)
         return self.scheme.evaluate(ts, self.t0s[index], self.t1s[index], infos)
 
     def ravel_all(self, ys: PyTree[Array]) -> Float[Array, "substeps size"]:
-        return self.scheme.ravel_all(ys, self.substeps)
-
-    @property
-    def unravel(self) -> Callable[[Float[Array, " size"]], PyTree[Array]]:
-        return self.scheme.unravel
+        """Of those leaves that are read. The others need not be there."""
+        ys = self.scheme.split.read(ys)
+        return self.core.ravel_all(ys, self.substeps)
 
     def unravel_all(self, ys: Float[Array, "length size"]) -> PyTree[Array]:
-        return self.scheme.unravel_all(ys)
+        """The inverse, with `None` for what is not read."""
+        return self.core.unravel_all(ys)

@@ -6,13 +6,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractLocalInterpolation, AbstractSolver, AbstractTerm, RESULTS
+from diffrax import (
+    AbstractLocalInterpolation,
+    AbstractSolver,
+    AbstractTerm,
+    MultiTerm,
+    RESULTS,
+)
 from jaxtyping import Array, Float, PyTree, Real
 
 from .base import AbstractWindow, Iterate
 from .control import batched, controls
 from .elimination import weighted
 from .one_step import OneStepMap, StepWindow, Substep
+from .quadrature import integrate, ReadTerm, Split, which_are_read, Whole
 from .reals import ravel, unravel_like
 from .stages import StageWindow
 from .tableau import Tableau, tableau_of
@@ -26,12 +33,29 @@ class Scheme(eqx.Module):
     - `solver`: makes the steps. Any one-step method.
     - `terms`, `args`: the differential equation.
     - `y0`: what its state looks like.
+    - `reads`: which leaves of it the vector field reads.
     """
 
     solver: AbstractSolver
     terms: PyTree[AbstractTerm]
     args: PyTree[Any]
     y0: PyTree[Array]
+    reads: tuple[bool, ...] = eqx.field(static=True)
+
+    @property
+    def split(self) -> Split:
+        return Split(self.y0, self.reads)
+
+    @property
+    def core(self) -> "Scheme":
+        """The same, for what is read only."""
+        split = self.split
+        if split.is_trivial:
+            return self
+        terms = [ReadTerm(term, split) for term in _parts(self.tableau, self.terms)]
+        terms = terms[0] if len(terms) == 1 else MultiTerm(*terms)
+        reads = tuple(filter(None, self.reads))
+        return Scheme(self.solver, terms, self.args, split.read(self.y0), reads)
 
     @property
     def tableau(self) -> Tableau | None:
@@ -68,7 +92,7 @@ class Scheme(eqx.Module):
             fn = eqx.filter_closure_convert(fn, x, y0)
             return StepWindow(fn=fn, xs=xs, y0=y0, eps=eps)
         fns = []
-        for term, control in zip(self._parts(self.terms), first_controls):
+        for term, control in zip(_parts(tableau, self.terms), first_controls):
             fn = ft.partial(self._increment, term)
             fns.append(eqx.filter_closure_convert(fn, control, t0, y0))
         return StageWindow(fns=tuple(fns), xs=xs, y0=y0, eps=eps, tableau=tableau)
@@ -81,7 +105,7 @@ class Scheme(eqx.Module):
         if self.tableau is None:
             kwargs = self.solver.term_compatible_contr_kwargs
             return t0s, t1s, controls(self.terms, kwargs, t0s, t1s)
-        parts = self._parts(batched(self.terms))
+        parts = _parts(self.tableau, batched(self.terms))
         return t0s, t1s, tuple(jax.vmap(term.contr)(t0s, t1s) for term in parts)
 
     def step(self, x: tuple[Array, Array, PyTree[Array]], y0) -> Substep:
@@ -113,8 +137,10 @@ class Scheme(eqx.Module):
         xs: tuple[Array, Array, PyTree[Array]],
         starts: Float[Array, "steps size"],
         at: Iterate,
+        errors: Float[Array, "steps size"] | None,
     ) -> Substep:
-        """What the solver returns for each of many steps."""
+        """What the solver returns for each of many steps. `errors` are their error
+        estimates, if these follow from the stages and are asked for."""
         y0s, y1s = self.unravel_all(starts), self.unravel_all(at.ys)
         tableau = self.tableau
         if tableau is None:
@@ -124,8 +150,41 @@ class Scheme(eqx.Module):
             unravel_all = jax.vmap(self.unravel_all)
             k = tuple(unravel_all(at.ks[:, part]) for part in range(tableau.parts))
             dense_info["k"] = k if tableau.is_split else k[0]
-        y_error = self.unravel_all(weighted(tableau.b_error, at.ks))
+        y_error = None if errors is None else self.unravel_all(errors)
         return Substep(y1s, y_error, dense_info, RESULTS.successful)
+
+    def whole(self, window: AbstractWindow, at: Iterate) -> Whole:
+        """All that is not read as well, if these are the steps of what is."""
+        tableau, split = self.tableau, self.split
+        errors = None if tableau is None else weighted(tableau.b_error, at.ks)
+        whole = Whole(window.y0, at.ys[-1], at, errors)
+        if split.is_trivial:
+            return whole
+        assert tableau is not None
+        core, y0 = self.core, split.unread(self.y0)
+
+        def increment(term, control, t, y):
+            y = split.filled(core.unravel(y))
+            y = term.vf_prod(t, y, self.args, control)
+            return ravel(split.unread(y), y0)
+
+        terms = _parts(tableau, self.terms)
+        fns = tuple(ft.partial(increment, term) for term in terms)
+        points = window.points(at)
+        unread = integrate(fns, tableau, window.xs, points, ravel(y0, y0))
+        return jtu.tree_map(self._join, whole, unread)
+
+    def read(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape _size"]:
+        """Of vectors, what is read."""
+        split, core = self.split, self.core
+        if split.is_trivial:
+            return x
+        return _along_last(lambda x: core.ravel(split.read(self.unravel(x))), x)
+
+    def _join(self, read, unread):
+        core, rest = self.core, unravel_like(self.split.unread(self.y0))
+        join = lambda x, y: self.ravel(eqx.combine(core.unravel(x), rest(y)))
+        return _along_last(join, read, unread)
 
     def interpolation(self, t0, t1, dense_info) -> AbstractLocalInterpolation:
         """The interpolation over one step."""
@@ -161,13 +220,40 @@ class Scheme(eqx.Module):
     def unravel_all(self, ys: Float[Array, "length size"]) -> PyTree[Array]:
         return jax.vmap(self.unravel)(ys)
 
-    def _parts(self, terms: Any) -> tuple[AbstractTerm, ...]:
-        tableau = self.tableau
-        is_split = tableau is not None and tableau.is_split
-        return terms.terms if is_split else (terms,)
-
     def _increment(self, term, control, t, y):
         return self.ravel(term.vf_prod(t, self.unravel(y), self.args, control))
+
+
+def leaves_read(
+    solver: AbstractSolver,
+    terms: PyTree[AbstractTerm],
+    t0: Any,
+    t1: Any,
+    y0: PyTree[Array],
+    args: PyTree[Any],
+) -> tuple[bool, ...]:
+    """Which leaves of the state the vector field reads. All if the solver is not a
+    Runge--Kutta method, as then nothing is known of what it evaluates."""
+    tableau = tableau_of(solver)
+    if tableau is None:
+        return (True,) * len(jtu.tree_leaves(y0))
+
+    def increments(y):
+        parts = _parts(tableau, terms)
+        return [part.vf_prod(t0, y, args, part.contr(t0, t1)) for part in parts]
+
+    return which_are_read(increments, y0)
+
+
+def _parts(tableau: Tableau | None, terms: Any) -> tuple[AbstractTerm, ...]:
+    is_split = tableau is not None and tableau.is_split
+    return terms.terms if is_split else (terms,)
+
+
+def _along_last(fn, *xs):
+    for _ in range(xs[0].ndim - 1):
+        fn = jax.vmap(fn)
+    return fn(*xs)
 
 
 def precision(y: PyTree[Array]) -> float:

@@ -15,6 +15,34 @@ from .elimination import StageElimination, weighted
 from .tableau import Tableau
 
 
+def stage(
+    fns: tuple[Callable, ...],
+    tableau: Tableau,
+    x: PyTree[Array],
+    index: Any,
+    y: Float[Array, " size"],
+) -> Float[Array, "parts _size"]:
+    """The functions of all parts `(control, time, vector) -> vector`, for a single
+    stage of a substep."""
+    t0, t1, controls = x
+    increments = []
+    for fn, control, c in zip(fns, controls, tableau.c):
+        c = jnp.asarray(c, t0.dtype)[index]
+        t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
+        increments.append(fn(control, t, y))
+    return jnp.stack(increments)
+
+
+def all_stages(
+    fns: tuple[Callable, ...],
+    tableau: Tableau,
+    x: PyTree[Array],
+    points: Float[Array, "stages size"],
+) -> Float[Array, "parts stages _size"]:
+    index = jnp.arange(tableau.stages, dtype=jnp.int32)
+    return jax.vmap(ft.partial(stage, fns, tableau, x), out_axes=1)(index, points)
+
+
 class StageWindow(AbstractWindow):
     r"""Steps of a Runge--Kutta method, whose stages are unknown as well.
 
@@ -49,19 +77,12 @@ class StageWindow(AbstractWindow):
         self, x: PyTree[Array], index: Any, y: Float[Array, " size"]
     ) -> Float[Array, "parts size"]:
         """The increments of a single stage of a single substep."""
-        t0, t1, controls = x
-        increments = []
-        for fn, control, c in zip(self.fns, controls, self.tableau.c):
-            c = jnp.asarray(c, t0.dtype)[index]
-            t = jnp.where(c == 1, t1, t0 + c * (t1 - t0))
-            increments.append(fn(control, t, y))
-        return jnp.stack(increments)
+        return stage(self.fns, self.tableau, x, index, y)
 
     def value(
         self, x: PyTree[Array], points: Float[Array, "stages size"]
     ) -> Float[Array, "parts stages size"]:
-        index = jnp.arange(self.tableau.stages, dtype=jnp.int32)
-        return jax.vmap(ft.partial(self.stage, x), out_axes=1)(index, points)
+        return all_stages(self.fns, self.tableau, x, points)
 
     def points(self, at: Iterate) -> Float[Array, "substeps stages size"]:
         return self.starts(at.ys)[:, None] + weighted(self.tableau.A, at.ks)
