@@ -79,6 +79,15 @@ def split_problem():
     return terms, y0, jnp.array(0.9)
 
 
+def van_der_pol(t, y, mu):
+    return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def lorenz(t, y, args):
+    x, y, z = y
+    return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+
+
 def sequential(terms, solver, ts, y0, args=None, *, saveat=SaveAt(t1=True), **kwargs):
     """The reference: `solver`, stepped over the grid `ts` as Diffrax does it."""
     return diffeqsolve(
