@@ -5,9 +5,10 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractSolver, AbstractTerm
-from jaxtyping import Array, Float, PyTree, Real
+from diffrax import AbstractSolver
+from jaxtyping import Array, Float, Real
 
+from .._custom_types import PyTree, Terms
 from .base import AbstractWindow, Iterate
 from .interpolation import time_at
 from .one_step import Substep
@@ -27,8 +28,8 @@ class Discretisation(eqx.Module):
     - `window`: all of its steps, to be solved jointly.
     """
 
-    solver: AbstractSolver
-    terms: PyTree[AbstractTerm]
+    solver: AbstractSolver[Any]
+    terms: Terms
     args: PyTree[Any]
     t0s: Real[Array, " substeps"]
     t1s: Real[Array, " substeps"]
@@ -37,8 +38,8 @@ class Discretisation(eqx.Module):
 
     def __init__(
         self,
-        solver: AbstractSolver,
-        terms: PyTree[AbstractTerm],
+        solver: AbstractSolver[Any],
+        terms: Terms,
         args: PyTree[Any],
         t0s: Real[Array, " substeps"],
         t1s: Real[Array, " substeps"],
@@ -75,7 +76,9 @@ class Discretisation(eqx.Module):
         return time_at(self.t0s[0], self.t1s[-1], fractions)
 
     def on(
-        self, ts: Real[Array, " substeps_plus_1"], solver: AbstractSolver | None = None
+        self,
+        ts: Real[Array, " substeps_plus_1"],
+        solver: AbstractSolver[Any] | None = None,
     ) -> "Discretisation":
         """The same on another grid."""
         solver = self.solver if solver is None else solver

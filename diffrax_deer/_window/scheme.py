@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation, AbstractSolver, AbstractTerm, RESULTS
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, Float, Real
 
+from .._custom_types import DenseInfo, PyTree, RealScalarLike, Terms, Y
 from .base import AbstractWindow, Iterate
 from .control import batched, controls
 from .elimination import weighted
@@ -28,8 +29,8 @@ class Scheme(eqx.Module):
     - `y0`: what its state looks like.
     """
 
-    solver: AbstractSolver
-    terms: PyTree[AbstractTerm]
+    solver: AbstractSolver[Any]
+    terms: Terms
     args: PyTree[Any]
     y0: PyTree[Array]
 
@@ -84,14 +85,19 @@ class Scheme(eqx.Module):
         parts = self._parts(batched(self.terms))
         return t0s, t1s, tuple(jax.vmap(term.contr)(t0s, t1s) for term in parts)
 
-    def step(self, x: tuple[Array, Array, PyTree[Array]], y0) -> Substep:
+    def step(self, x: tuple[Array, Array, PyTree[Array]], y0: Y) -> Substep:
         """One of these steps, by the solver."""
         t0, t1, controls = x
         step = OneStepMap(self.solver, self.terms, self.args)
         return step(t0, t1, y0, controls if self.tableau is None else None)
 
     def stages(
-        self, t0, t1, y0, y1, dense_info: dict[str, Any]
+        self,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        y1: Y,
+        dense_info: DenseInfo,
     ) -> Float[Array, "parts stages size"]:
         """The stages that a step of the solver has gone through."""
         tableau = self.tableau
@@ -127,7 +133,9 @@ class Scheme(eqx.Module):
         y_error = self.unravel_all(weighted(tableau.b_error, at.ks))
         return Substep(y1s, y_error, dense_info, RESULTS.successful)
 
-    def interpolation(self, t0, t1, dense_info) -> AbstractLocalInterpolation:
+    def interpolation(
+        self, t0: RealScalarLike, t1: RealScalarLike, dense_info: DenseInfo
+    ) -> AbstractLocalInterpolation:
         """The interpolation over one step."""
         # Interpolations divide by their length, which may be zero if nothing is solved.
         t1 = jnp.where(t0 == t1, t0 + 1, t1)
