@@ -26,6 +26,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pyright --verifytypes diffrax_deer --ignoreexternal
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

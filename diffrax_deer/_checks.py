@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from diffrax import AbstractSolver, LeapfrogMidpoint, ReversibleHeun
-from jaxtyping import PyTree
+
+from ._custom_types import PyTree
 
 
 def check_positive_int(x: Any, name: str) -> None:

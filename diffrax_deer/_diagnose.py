@@ -18,7 +18,6 @@ from diffrax import (
     AbstractProgressMeter,
     AbstractSolver,
     AbstractStepSizeController,
-    AbstractTerm,
     AbstractWrappedSolver,
     ConstantStepSize,
     diffeqsolve,
@@ -28,10 +27,10 @@ from diffrax import (
     RESULTS,
     SaveAt,
 )
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from ._checks import check_instance
-from ._custom_types import BoolScalarLike, IntScalarLike, RealScalarLike
+from ._custom_types import BoolScalarLike, IntScalarLike, PyTree, RealScalarLike, Terms
 from ._guess import AbstractGuess, ConstantGuess
 from ._iterate import Iteration, JointSolution, State
 from ._linear_algebra import matvec
@@ -206,7 +205,7 @@ class Report:
 
 
 def diagnose(
-    terms: PyTree[AbstractTerm],
+    terms: Terms,
     solver: DeerSolver,
     t0: RealScalarLike,
     t1: RealScalarLike,
@@ -215,12 +214,12 @@ def diagnose(
     args: PyTree[Any] = None,
     *,
     saveat: SaveAt = SaveAt(t1=True),
-    stepsize_controller: AbstractStepSizeController = ConstantStepSize(),
+    stepsize_controller: AbstractStepSizeController[Any, Any] = ConstantStepSize(),
     adjoint: AbstractAdjoint = RecursiveCheckpointAdjoint(),
     event: Event | None = None,
     max_steps: int | None = 4096,
     throw: bool = True,
-    progress_meter: AbstractProgressMeter = NoProgressMeter(),
+    progress_meter: AbstractProgressMeter[Any] = NoProgressMeter(),
     solver_state: DeerState | None = None,
     controller_state: PyTree[Any] | None = None,
     made_jump: BoolScalarLike | None = None,

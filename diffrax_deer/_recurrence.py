@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import RESULTS
 from jax.interpreters import partial_eval as pe
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ._checks import (
     check_instance,
@@ -18,7 +18,7 @@ from ._checks import (
     check_tolerance,
     check_trajectory,
 )
-from ._custom_types import RealScalarLike
+from ._custom_types import PyTree, RealScalarLike
 from ._failure import error_if_any
 from ._implicit import with_derivative, without_gradient
 from ._iterate import Iteration

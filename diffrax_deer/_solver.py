@@ -11,12 +11,11 @@ import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import (
     AbstractSolver,
-    AbstractTerm,
     AbstractWrappedSolver,
     Dopri8,
     RESULTS,
 )
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, Float, Real
 
 from ._checks import (
     check_instance,
@@ -31,7 +30,9 @@ from ._custom_types import (
     BoolScalarLike,
     DenseInfo,
     IntScalarLike,
+    PyTree,
     RealScalarLike,
+    Terms,
     VF,
     Y,
 )
@@ -122,7 +123,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         ```
     """
 
-    solver: AbstractSolver = Dopri8()
+    solver: AbstractSolver[Any] = Dopri8()
     substeps: int = eqx.field(default=64, static=True)
     _: KW_ONLY
     method: AbstractMethod = DEER()
@@ -134,7 +135,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     norm: Callable[[PyTree], RealScalarLike] = optx.max_norm
     max_iters: int | None = eqx.field(default=None, static=True)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         check_one_step_solver(self.solver, "DeerSolver(solver=...)")
         if isinstance(self.solver, DeerSolver):
             raise ValueError(
@@ -159,52 +160,50 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             check_positive_int(self.max_iters, "DeerSolver(max_iters=...)")
 
     @property
-    def term_structure(self):
+    def term_structure(self) -> Any:
         return self.solver.term_structure
 
     @property
-    def interpolation_cls(self):  # pyright: ignore
+    def interpolation_cls(self) -> Any:  # pyright: ignore
         return WindowInterpolationFactory(self.solver.interpolation_cls, self.substeps)
 
     @property
-    def term_compatible_contr_kwargs(self):
+    def term_compatible_contr_kwargs(self) -> Any:
         return self.solver.term_compatible_contr_kwargs
 
     # As `isinstance` checks are forwarded to the wrapped solver, so must be the
     # attributes that Diffrax then expects.
 
     @property
-    def scan_kind(self):
+    def scan_kind(self) -> Any:
         return self.solver.scan_kind  # pyright: ignore
 
     @property
-    def root_finder(self):
+    def root_finder(self) -> Any:
         return self.solver.root_finder  # pyright: ignore
 
     @property
-    def root_find_max_steps(self):
+    def root_find_max_steps(self) -> int:
         return self.solver.root_find_max_steps  # pyright: ignore
 
-    def order(self, terms: PyTree[AbstractTerm]) -> int | None:
+    def order(self, terms: Terms) -> int | None:
         return self.solver.order(terms)
 
-    def strong_order(self, terms: PyTree[AbstractTerm]) -> RealScalarLike | None:
+    def strong_order(self, terms: Terms) -> RealScalarLike | None:
         return self.solver.strong_order(terms)
 
-    def error_order(self, terms: PyTree[AbstractTerm]) -> RealScalarLike | None:
+    def error_order(self, terms: Terms) -> RealScalarLike | None:
         if self._estimates_by_halving:
             order = self.solver.order(terms)
             return None if order is None else order + 1
         return self.solver.error_order(terms)
 
-    def func(
-        self, terms: PyTree[AbstractTerm], t0: RealScalarLike, y0: Y, args: Args
-    ) -> VF:
+    def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
         return self.solver.func(terms, t0, y0, args)
 
     def init(
         self,
-        terms: PyTree[AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -226,7 +225,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
     def step(
         self,
-        terms: PyTree[AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -245,7 +244,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
     def solve_window(
         self,
-        terms: PyTree[AbstractTerm],
+        terms: Terms,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -264,7 +263,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
     def solve_on(
         self,
-        terms: PyTree[AbstractTerm],
+        terms: Terms,
         ts: Real[Array, " substeps_plus_1"],
         y0: Y,
         args: Args,

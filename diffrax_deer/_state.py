@@ -1,5 +1,7 @@
 import equinox as eqx
-from jaxtyping import Array, Int, PyTree, Real
+from jaxtyping import Array, Int, Real
+
+from ._custom_types import PyTree
 
 
 class DeerState(eqx.Module):

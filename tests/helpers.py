@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
 from diffrax import ODETerm
+from diffrax_deer import ConstantGuess, DeerSolver
 from jaxtyping import Array
 
 
@@ -36,6 +37,13 @@ implicit_solvers = (
     diffrax.Kvaerno3(root_finder=root_finder),
     diffrax.Kvaerno5(root_finder=root_finder),
 )
+
+
+def deer(solver, substeps=1, **kwargs):
+    """The default guess leaves nothing to iterate on a CPU. This one does, and is
+    compiled most quickly.
+    """
+    return DeerSolver(solver, substeps, guess=ConstantGuess(), **kwargs)
 
 
 def solver_id(solver):
@@ -69,6 +77,15 @@ def split_problem():
     )
     y0 = (jnp.array([0.4, 1.2]), jnp.array([0.3, -0.1]))
     return terms, y0, jnp.array(0.9)
+
+
+def van_der_pol(t, y, mu):
+    return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def lorenz(t, y, args):
+    x, y, z = y
+    return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
 
 
 def sequential(terms, solver, ts, y0, args=None, *, saveat=SaveAt(t1=True), **kwargs):

@@ -8,18 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffrax import ODETerm
-from diffrax_deer import ConstantGuess, DeerSolver
+from diffrax_deer import DeerSolver
 
-from .helpers import diffeqsolve, exact, max_error, SaveAt, sequential
-
-
-def _van_der_pol(t, y, mu):
-    return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
-
-
-def _lorenz(t, y, args):
-    x, y, z = y
-    return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
+from .helpers import (
+    diffeqsolve,
+    exact,
+    lorenz,
+    max_error,
+    SaveAt,
+    sequential,
+    van_der_pol,
+)
 
 
 @eqx.filter_jit
@@ -39,56 +38,34 @@ def _solve(vector_field, solver, t1, y0, args, controller, saveat=SaveAt(t1=True
 
 
 @pytest.fixture(scope="module")
-def van_der_pol():
+def van_der_pol_solution():
     y0 = jnp.array([2.0, 0.0])
-    return exact(ODETerm(_van_der_pol), 0, 100, y0, 50.0).ys
+    return exact(ODETerm(van_der_pol), 0, 100, y0, 50.0).ys
 
 
 @pytest.fixture(scope="module")
-def lorenz():
-    return exact(ODETerm(_lorenz), 0, 10, jnp.ones(3)).ys
+def lorenz_solution():
+    return exact(ODETerm(lorenz), 0, 10, jnp.ones(3)).ys
 
 
-@pytest.mark.parametrize("substeps", (8, 16, 32, 64, 128))
-def test_stiff(substeps, van_der_pol):
+@pytest.mark.parametrize("substeps", (8, 64))
+def test_stiff(substeps, van_der_pol_solution):
     controller = diffrax.PIDController(rtol=1e-6, atol=1e-8)
     solver = DeerSolver(diffrax.Tsit5(), substeps)
     y0 = jnp.array([2.0, 0.0])
-    sol = _solve(_van_der_pol, solver, 100.0, y0, 50.0, controller)
-    assert max_error(sol.ys, van_der_pol) < 1e-4
+    sol = _solve(van_der_pol, solver, 100.0, y0, 50.0, controller)
+    assert max_error(sol.ys, van_der_pol_solution) < 1e-4
     # Tsit5 itself needs 3667 steps, so this many windows would do.
     assert sol.stats["num_accepted_steps"] < 4 * (3667 / substeps)
 
 
-@pytest.mark.parametrize("substeps", (8, 16, 32, 64, 128))
-def test_chaotic(substeps, lorenz):
+@pytest.mark.parametrize("substeps", (16, 128))
+def test_chaotic(substeps, lorenz_solution):
     # Errors grow by four orders of magnitude.
     controller = diffrax.PIDController(rtol=1e-8, atol=1e-10)
     solver = DeerSolver(diffrax.Tsit5(), substeps)
-    sol = _solve(_lorenz, solver, 10.0, jnp.ones(3), None, controller)
-    assert max_error(sol.ys, lorenz) < 1e-4
-
-
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
-def test_chaotic_in_one_window(dtype):
-    # From a constant guess there is nothing to go by, and yet it must end.
-    solver = DeerSolver(diffrax.Tsit5(), 256, guess=ConstantGuess())
-    ts = np.linspace(0, 2, 257, dtype=dtype)
-    y0 = jnp.ones(3, dtype)
-    deer = diffeqsolve(
-        ODETerm(_lorenz),
-        solver,
-        ts[0],
-        ts[-1],
-        ts[-1],
-        y0,
-        saveat=SaveAt(t1=True, solver_state=True),
-    )
-    ref = sequential(ODETerm(_lorenz), diffrax.Tsit5(), ts, y0)
-    # In single precision, a rounding error grows by a factor of about 10.
-    tol = 1e-10 if dtype == jnp.float64 else 1e-4
-    assert max_error(deer.ys, ref.ys) < tol
-    assert deer.solver_state.num_iterations <= 256
+    sol = _solve(lorenz, solver, 10.0, jnp.ones(3), None, controller)
+    assert max_error(sol.ys, lorenz_solution) < 1e-4
 
 
 def test_unstable():

@@ -70,7 +70,8 @@ def test_dependencies():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(str(node.module).split(".")[0])
-    optional = {"matplotlib"}  # For `Report.plot`, which says so.
+    # For `Report.plot`, which says so, and what only type checkers import.
+    optional = {"matplotlib", "typing_extensions"}
     assert imported - set(sys.stdlib_module_names) - optional == declared
 
 

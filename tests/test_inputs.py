@@ -27,6 +27,7 @@ from diffrax_deer import (
 )
 
 from .helpers import (
+    deer,
     diffeqsolve,
     exact,
     max_error,
@@ -134,9 +135,9 @@ def test_vmap():
         y0 * jnp.array([[1.0], [-2.0], [0.1]]),
         args * jnp.array([1.0, 0.5, 2.0]),
     )
-    batched = jax.jit(jax.vmap(solve))(*batch)
+    batched, one = jax.jit(jax.vmap(solve))(*batch), jax.jit(solve)
     for i in range(3):
-        assert max_error(batched[i], solve(*(x[i] for x in batch))) < 1e-9
+        assert max_error(batched[i], one(*(x[i] for x in batch))) < 1e-9
 
 
 def test_one_failing_element_changes_no_other():
@@ -157,20 +158,21 @@ def test_one_failing_element_changes_no_other():
 
 
 def test_flags():
-    # As strict as JAX can be.
+    # As strict as JAX can be, and that is when it traces.
+    def trace(*args, **kwargs):
+        jax.make_jaxpr(lambda y0: _solve(_decay, y0, *args, **kwargs).ys)(jnp.ones(2))
+
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        sol = _solve(_decay, jnp.ones(2), DeerSolver(diffrax.Tsit5(), 8))
+        trace(DeerSolver(diffrax.Tsit5(), 8))
         implicit = diffrax.ImplicitEuler(root_finder=root_finder)
-        _solve(_decay, jnp.ones(2), DeerSolver(implicit, 8))
-        _solve(_decay, jnp.ones(2), diffrax.Tsit5(), adjoint=DeerAdjoint())
+        trace(DeerSolver(implicit, 8))
+        trace(diffrax.Tsit5(), adjoint=DeerAdjoint())
         for method, guess in (
             (ELK(), ConstantGuess()),
             (QuasiELK(), ConstantGuess()),
             (DEER(), ExtrapolationGuess()),
         ):
-            solver = DeerSolver(diffrax.Heun(), 8, method=method, guess=guess)
-            _solve(_decay, jnp.ones(2), solver)
-    assert sol.result == RESULTS.successful
+            trace(DeerSolver(diffrax.Heun(), 8, method=method, guess=guess))
 
 
 def test_loops_in_the_vector_field():
@@ -213,20 +215,22 @@ def _nested(t, y, args):
     return _solve(_decay, y, diffrax.Euler()).ys[-1] - y
 
 
-@pytest.mark.parametrize("vector_field", (_custom_vjp, _callback, _nested))
-def test_no_forward_mode(vector_field):
+@pytest.mark.parametrize(
+    "vector_field,method",
+    ((_custom_vjp, DEER()), (_callback, QuasiDEER()), (_nested, DEER())),
+)
+def test_no_forward_mode(vector_field, method):
     y0 = jnp.array([1.0, 0.5])
-    iterating = lambda method: DeerSolver(
-        diffrax.Heun(), 8, method=method, guess=ConstantGuess()
-    )
-    for method in (DEER(), QuasiDEER()):
-        solver = iterating(method)
-        with pytest.raises(TypeError, match="(?s)vector field.*forward mode.*Jacobi"):
-            _solve(vector_field, y0, solver)
-    # No Jacobian is needed.
-    ref = _solve(vector_field, y0, diffrax.Heun(), dt0=1 / 16).ys
-    for solver in (heun, iterating(Jacobi())):
-        assert max_error(_solve(vector_field, y0, solver).ys, ref) < 1e-10
+    with pytest.raises(TypeError, match="(?s)vector field.*forward mode.*Jacobi"):
+        _solve(vector_field, y0, deer(diffrax.Heun(), 8, method=method))
+
+
+@pytest.mark.parametrize("vector_field", (_custom_vjp, _callback))
+@pytest.mark.parametrize("solver", (heun, deer(diffrax.Heun(), 8, method=Jacobi())))
+def test_no_jacobian_is_needed(vector_field, solver):
+    y0 = jnp.array([1.0, 0.5])
+    ref = _solve(lambda t, y, args: -jnp.sin(y), y0, diffrax.Heun(), dt0=1 / 16).ys
+    assert max_error(_solve(vector_field, y0, solver).ys, ref) < 1e-10
 
 
 def test_kernels_on_a_cpu():
@@ -385,15 +389,14 @@ def test_complex_state():
         return jax.jit(fn)(y0, args)
 
     y0 = (jnp.array([1 + 0.5j, 0.3 - 1j]), jnp.array(0.8 + 0j))
-    direct, deer = diffrax.DirectAdjoint(), DeerAdjoint()
-    iterating = DeerSolver(diffrax.Heun(), 4, guess=ConstantGuess())
+    direct, jointly = diffrax.DirectAdjoint(), DeerAdjoint()
+    checkpointed = diffrax.RecursiveCheckpointAdjoint(checkpoints=4)
     results = []
     for solver, dt0, adjoint in (
         (diffrax.Heun(), 1 / 8, direct),
-        (diffrax.Heun(), 1 / 8, deer),
-        (iterating, 1 / 2, diffrax.RecursiveCheckpointAdjoint(checkpoints=4)),
-        (iterating, 1 / 2, deer),
-        (DeerSolver(diffrax.Heun(), 1), 1 / 8, deer),
+        (diffrax.Heun(), 1 / 8, jointly),
+        (deer(diffrax.Heun(), 4), 1 / 2, checkpointed),
+        (deer(diffrax.Heun(), 1), 1 / 8, jointly),
     ):
         kwargs: Any = dict(solver=solver, dt0=dt0, adjoint=adjoint, max_steps=8)
         results.append(value_and_gradient(y0, jnp.array(1.1 + 0.1j), **kwargs))

@@ -22,7 +22,7 @@ from diffrax_deer import (
 from hypothesis import example, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from .helpers import diffeqsolve, max_error, SaveAt, sequential
+from .helpers import diffeqsolve, lorenz, max_error, SaveAt, sequential
 
 
 SUBSTEPS = 24
@@ -107,7 +107,11 @@ def test_every_finite_problem(method, dtype, problem):
     assert 0 < num_iterations <= SUBSTEPS * (tsit5.tableau.num_stages + 1) + 1
     assert np.isfinite(ys).all()
     largest = np.finfo(dtype).max / 100
-    if np.isfinite(ref).all() and np.isfinite(nearby).all() and ref.max() < largest:
+    if (
+        np.isfinite(ref).all()
+        and np.isfinite(nearby).all()
+        and np.abs(ref).max() < largest
+    ):
         assert okay
         # Nothing that comes later must disturb what comes before.
         size = np.maximum.accumulate(np.max(np.abs(ref), axis=-1))
@@ -121,20 +125,19 @@ def test_every_finite_problem(method, dtype, problem):
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
 @pytest.mark.parametrize("method", (DEER(), ELK()), ids=lambda x: type(x).__name__)
 def test_lorenz(method, dtype):
-    # In a single window, from a constant guess. Undamped, it is far from anything for
-    # most of the time.
-    def lorenz(t, y, args):
-        x, y, z = y
-        return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
-
+    # In a single window, from a constant guess, so that there is nothing to go by.
+    # Undamped, it is far from anything for most of the time.
     term, substeps = ODETerm(lorenz), 512
     y0, t1 = jnp.ones(3, dtype), dtype(2)
     solver = DeerSolver(tsit5, substeps, method=method, guess=ConstantGuess())
-    sol = diffeqsolve(term, solver, dtype(0), t1, t1, y0, max_steps=1)
+    saveat = SaveAt(t1=True, solver_state=True)
+    sol = diffeqsolve(term, solver, dtype(0), t1, t1, y0, saveat=saveat, max_steps=1)
     ts = np.linspace(0, 2, substeps + 1, dtype=dtype)
     reference = sequential(term, tsit5, ts, y0).ys
     assert sol.ys.dtype == dtype
-    assert max_error(sol.ys, reference) < (1e-3 if dtype == np.float32 else 1e-9)
+    # In single precision, a rounding error grows by a factor of about 10.
+    assert max_error(sol.ys, reference) < (1e-4 if dtype == np.float32 else 1e-10)
+    assert sol.solver_state.num_iterations <= substeps
 
 
 class _LowPrecisionScan(AbstractScan):

@@ -55,7 +55,8 @@ for args in (
     (single, constant, diffrax_deer.DeerAdjoint(max_window_points=4)),
     (moving, pid, diffrax_deer.DeerAdjoint()),
 ):
-    print(eqx.filter_jit(jax.grad(solve))(y0, *args))
+    # Annotations are checked when functions are traced.
+    print(eqx.filter_eval_shape(jax.grad(solve), y0, *args))
 """
 
 

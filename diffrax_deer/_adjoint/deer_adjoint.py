@@ -4,10 +4,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractAdjoint, RESULTS, StepTo, SubSaveAt, UnsafeBrownianPath
+from diffrax import (
+    AbstractAdjoint,
+    AbstractProgressMeter,
+    AbstractSolver,
+    AbstractStepSizeController,
+    Event,
+    RESULTS,
+    SaveAt,
+    StepTo,
+    SubSaveAt,
+    UnsafeBrownianPath,
+)
 from jaxtyping import Array, Int
 
 from .._checks import check_one_step_solver, check_positive_int, check_state
+from .._custom_types import Args, RealScalarLike, Terms
 from .._failure import error_if_any
 from .._grid import AdaptiveGrid
 from .._implicit import without_gradient
@@ -122,7 +134,7 @@ class DeerAdjoint(AbstractAdjoint):
     max_windows: int | None = eqx.field(default=None, static=True)
     max_window_points: int | None = eqx.field(default=None, static=True)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if self.max_windows is not None:
             check_positive_int(self.max_windows, "DeerAdjoint(max_windows=...)")
         if self.max_window_points is not None:
@@ -135,21 +147,21 @@ class DeerAdjoint(AbstractAdjoint):
     def loop(
         self: Any = None,
         *,
-        args,
-        terms,
-        solver,
-        stepsize_controller,
-        event,
-        saveat,
-        t0,
-        t1,
-        dt0,
-        max_steps,
-        throw,
-        init_state,
-        passed_solver_state,
-        passed_controller_state,
-        progress_meter,
+        args: Args,
+        terms: Terms,
+        solver: AbstractSolver[Any],
+        stepsize_controller: AbstractStepSizeController[Any, Any],
+        event: Event | None,
+        saveat: SaveAt,
+        t0: Array,
+        t1: Array,
+        dt0: RealScalarLike | None,
+        max_steps: int | None,
+        throw: bool,
+        init_state: Any,
+        passed_solver_state: bool,
+        passed_controller_state: bool,
+        progress_meter: AbstractProgressMeter[Any],
     ) -> Any:
         if self is None:
             raise TypeError(

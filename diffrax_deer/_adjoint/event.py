@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import AbstractLocalInterpolation, Event, RESULTS
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Int
 
-from .._custom_types import RealScalarLike
+from .._custom_types import PyTree, RealScalarLike
 
 
 def _cond_fns(event: Event) -> list[Callable]:

@@ -18,9 +18,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import is_okay, is_successful, RESULTS
-from jaxtyping import Array, Bool, Int, PyTree, Real
+from jaxtyping import Array, Bool, Int, Real
 
-from .._custom_types import RealScalarLike
+from .._custom_types import PyTree, RealScalarLike
 from .._window import Iterate, Scheme
 from .event import event_values, first_crossing
 from .stepper import AbstractStepper, Made, MergedWindows

@@ -6,9 +6,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import SubSaveAt
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Real
 
-from .._custom_types import IntScalarLike
+from .._custom_types import IntScalarLike, PyTree
 from .trajectory import Trajectory
 
 

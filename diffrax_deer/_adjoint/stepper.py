@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractSolver, RESULTS
 from equinox import AbstractVar
-from jaxtyping import Array, Int, PyTree, Real
+from jaxtyping import Array, Int, Real
 
-from .._custom_types import IntScalarLike
+from .._custom_types import IntScalarLike, PyTree
 from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, AutoScan
 from .._solver import DeerSolver, SolvedWindow

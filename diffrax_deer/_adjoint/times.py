@@ -12,9 +12,9 @@ from diffrax import (
     ConstantStepSize,
     StepTo,
 )
-from jaxtyping import Array, Int, PyTree, Real
+from jaxtyping import Array, Int, Real
 
-from .._custom_types import IntScalarLike, RealScalarLike
+from .._custom_types import IntScalarLike, PyTree, RealScalarLike
 
 
 class AbstractTimes(eqx.Module):

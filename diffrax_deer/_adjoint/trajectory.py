@@ -10,8 +10,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
-from jaxtyping import Array, Float, Int, PyTree, Real
+from jaxtyping import Array, Float, Int, Real
 
+from .._custom_types import PyTree
 from .._implicit import as_known, implicit_solution, with_zeros
 from .._method import AbstractMethod
 from .._scan import AbstractScan

@@ -16,9 +16,20 @@ from diffrax import (
     RESULTS,
 )
 from equinox import AbstractVar
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array
 
-from .._custom_types import Args, BoolScalarLike, DenseInfo, RealScalarLike, VF, Y
+from .._custom_types import (
+    Args,
+    BoolScalarLike,
+    DenseInfo,
+    PyTree,
+    RealScalarLike,
+    RootFinder,
+    Stages,
+    Terms,
+    VF,
+    Y,
+)
 
 
 class AbstractCollocation(AbstractImplicitSolver[None], AbstractAdaptiveSolver[None]):
@@ -32,13 +43,13 @@ class AbstractCollocation(AbstractImplicitSolver[None], AbstractAdaptiveSolver[N
     """
 
     stages: AbstractVar[int]
-    root_finder: AbstractVar[optx.AbstractRootFinder]
+    root_finder: AbstractVar[RootFinder]
     root_find_max_steps: AbstractVar[int]
 
-    term_structure: ClassVar = AbstractTerm
+    term_structure: ClassVar[Any] = AbstractTerm
 
     @property
-    def interpolation_cls(self):  # pyright: ignore
+    def interpolation_cls(self) -> Any:  # pyright: ignore
         return _InterpolationFactory(tuple(self.nodes(self.stages).tolist()))
 
     @staticmethod
@@ -58,13 +69,13 @@ class AbstractCollocation(AbstractImplicitSolver[None], AbstractAdaptiveSolver[N
         b_error = b - np.concatenate([[0.0], _weights(c[1:], 1.0)])
         return A, b, c, b_error
 
-    def error_order(self, terms: PyTree[AbstractTerm]) -> Any:
+    def error_order(self, terms: Terms) -> Any:
         del terms
         return _NoErrorEstimate(type(self)) if self.stages == 1 else self.stages
 
     def init(
         self,
-        terms: AbstractTerm,
+        terms: AbstractTerm[Any, Any],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -74,7 +85,7 @@ class AbstractCollocation(AbstractImplicitSolver[None], AbstractAdaptiveSolver[N
 
     def step(
         self,
-        terms: AbstractTerm,
+        terms: AbstractTerm[Any, Any],
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: Y,
@@ -123,7 +134,9 @@ class AbstractCollocation(AbstractImplicitSolver[None], AbstractAdaptiveSolver[N
         )
         return y1, y_error, dict(y0=y0, y1=y1, k=k), None, result
 
-    def func(self, terms: AbstractTerm, t0: RealScalarLike, y0: Y, args: Args) -> VF:
+    def func(
+        self, terms: AbstractTerm[Any, Any], t0: RealScalarLike, y0: Y, args: Args
+    ) -> VF:
         return terms.vf(t0, y0, args)
 
 
@@ -159,7 +172,7 @@ class CollocationInterpolation(AbstractLocalInterpolation):
     t0: RealScalarLike
     t1: RealScalarLike
     y0: Y
-    k: PyTree[Shaped[Array, "stages ?*y"], "Y"]
+    k: Stages
     nodes: tuple[float, ...] = eqx.field(static=True)
 
     def evaluate(

@@ -1,10 +1,9 @@
 import equinox as eqx
 import numpy as np
 import optimistix as optx
-from diffrax import AbstractTerm
-from jaxtyping import PyTree
 
 from .._checks import check_positive_int
+from .._custom_types import RootFinder, Terms
 from .base import AbstractCollocation
 
 
@@ -32,10 +31,10 @@ class GaussLegendre(AbstractCollocation):
     """
 
     stages: int = eqx.field(default=4, static=True)
-    root_finder: optx.AbstractRootFinder = optx.Newton(rtol=1e-6, atol=1e-9)
+    root_finder: RootFinder = optx.Newton(rtol=1e-6, atol=1e-9)
     root_find_max_steps: int = 20
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         check_positive_int(self.stages, "GaussLegendre(stages=...)")
 
     @staticmethod
@@ -43,7 +42,7 @@ class GaussLegendre(AbstractCollocation):
         x, _ = np.polynomial.legendre.leggauss(stages)
         return (x + 1) / 2
 
-    def order(self, terms: PyTree[AbstractTerm]) -> int:
+    def order(self, terms: Terms) -> int:
         del terms
         return 2 * self.stages
 

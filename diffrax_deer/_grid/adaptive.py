@@ -81,7 +81,7 @@ class AdaptiveGrid(AbstractGrid):
     atol: RealScalarLike | None = None
     max_moves: int = eqx.field(default=4, static=True)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if self.rtol is not None:
             check_tolerance(self.rtol, "AdaptiveGrid(rtol=...)")
         if self.atol is not None:

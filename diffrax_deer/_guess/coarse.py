@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 from diffrax import AbstractSolver
 
@@ -18,10 +20,10 @@ class CoarseGuess(AbstractGuess):
     and the solver explicit), it falls back to the constant guess.
     """
 
-    solver: AbstractSolver | None = None
+    solver: AbstractSolver[Any] | None = None
     steps: int | None = eqx.field(default=None, static=True)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if self.solver is not None:
             check_one_step_solver(self.solver, "CoarseGuess(solver=...)")
         if self.steps is not None:

@@ -23,7 +23,7 @@ class ExtrapolationGuess(AbstractGuess):
     degree: int = eqx.field(default=3, static=True)
     first: AbstractGuess = AutoGuess()
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         check_positive_int(self.degree, "ExtrapolationGuess(degree=...)")
         check_instance(self.first, AbstractGuess, "ExtrapolationGuess(first=...)")
 

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -36,12 +37,12 @@ class NestedGuess(AbstractGuess):
     levels: int = eqx.field(default=1, static=True)
     factor: int = eqx.field(default=4, static=True)
     guess: AbstractGuess = ConstantGuess()
-    solver: AbstractSolver | None = None
+    solver: AbstractSolver[Any] | None = None
     method: AbstractMethod = DEER()
     scan: AbstractScan = AutoScan()
     max_iters: int | None = eqx.field(default=None, static=True)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         check_positive_int(self.levels, "NestedGuess(levels=...)")
         check_positive_int(self.factor, "NestedGuess(factor=...)")
         check_instance(self.guess, AbstractGuess, "NestedGuess(guess=...)")

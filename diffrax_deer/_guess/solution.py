@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -27,9 +29,9 @@ class SolutionGuess(AbstractGuess):
         ```
     """
 
-    solution: AbstractPath
+    solution: AbstractPath[Any]
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         check_instance(self.solution, AbstractPath, "SolutionGuess(solution=...)")
         if isinstance(self.solution, Solution) and self.solution.interpolation is None:
             raise ValueError(

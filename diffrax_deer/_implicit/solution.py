@@ -9,8 +9,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import RESULTS
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from .._custom_types import PyTree
 from .._iterate import Iteration, JointSolution
 from .._method import AbstractMethod
 from .._scan import AbstractScan

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import RESULTS
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
-from .._custom_types import IntScalarLike, RealScalarLike
+from .._custom_types import IntScalarLike, PyTree, RealScalarLike
 from .._linear_algebra import Matrices
 from .._method import AbstractMethod
 from .._scan import AbstractScan
@@ -228,7 +228,7 @@ class Iteration(eqx.Module):
         size = ends[:, None, None] + jnp.abs(seen.values) + terms
         return self.window.as_residual(_ROUNDING * self.window.eps * size)
 
-    def correction(self, seen: "_Seen"):
+    def correction(self, seen: "_Seen") -> tuple[Iterate, Array, Array]:
         J = seen.jacobians()
         usable = seen.okay & jnp.isfinite(J).reshape(*seen.okay.shape, -1).all(axis=-1)
         J = jnp.where(jnp.expand_dims(usable, range(3, J.ndim)), J, 0)

@@ -30,7 +30,7 @@ class ELK(AbstractFullMethod, AbstractDampedMethod):
 
     damping: RealScalarLike | None = None
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         check_damping(self.damping, "ELK(damping=...)")
 
 
@@ -64,7 +64,7 @@ class QuasiELK(AbstractDiagonalMethod, AbstractDampedMethod):
     samples: int | None = eqx.field(default=None, static=True)
     key: PRNGKeyArray | None = None
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         check_damping(self.damping, "QuasiELK(damping=...)")
         if self.samples is not None:
             check_positive_int(self.samples, "QuasiELK(samples=...)")

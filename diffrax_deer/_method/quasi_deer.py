@@ -29,7 +29,7 @@ class QuasiDEER(AbstractDiagonalMethod, AbstractUndampedMethod):
     samples: int | None = eqx.field(default=None, static=True)
     key: PRNGKeyArray | None = None
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if self.samples is not None:
             check_positive_int(self.samples, "QuasiDEER(samples=...)")
 

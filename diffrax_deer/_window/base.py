@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from equinox import AbstractVar
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
+from .._custom_types import PyTree
 from .._linear_algebra import Matrices
 from .rounding import nearby, noise
 

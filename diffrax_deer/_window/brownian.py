@@ -22,9 +22,9 @@ from diffrax._brownian.tree import _levy_diff
 from diffrax._custom_types import levy_tree_transpose
 from diffrax._misc import linear_rescale
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Real
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 
-from .._custom_types import RealScalarLike
+from .._custom_types import PyTree, RealScalarLike
 
 
 # If there are many points, then on how many times less of them to go down to where

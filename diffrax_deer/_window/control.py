@@ -7,8 +7,9 @@ import jax
 import jax.tree_util as jtu
 from diffrax import AbstractTerm, MultiTerm, VirtualBrownianTree
 from diffrax._term import WrapTerm
-from jaxtyping import Array, PyTree, Real
+from jaxtyping import Array, Real
 
+from .._custom_types import PyTree, Terms
 from .brownian import BrownianTree
 
 
@@ -33,13 +34,13 @@ class KnownControl(WrapTerm):
         return super().contr(t0, t1, **kwargs)
 
 
-def has_tree(terms: PyTree[AbstractTerm]) -> bool:
+def has_tree(terms: Terms) -> bool:
     """Whether controls are evaluated much more quickly if many are at once."""
     return any(map(_is_tree, jtu.tree_leaves(terms, is_leaf=_is_tree)))
 
 
 def controls(
-    terms: PyTree[AbstractTerm],
+    terms: Terms,
     kwargs: PyTree[dict],
     t0s: Real[Array, " steps"],
     t1s: Real[Array, " steps"],
@@ -55,19 +56,19 @@ def controls(
     return jax.vmap(control)(t0s, t1s)
 
 
-def batched(terms: PyTree[AbstractTerm]) -> PyTree[AbstractTerm]:
+def batched(terms: Terms) -> Terms:
     """The same, but for a batch of times at once."""
     fix = lambda x: BrownianTree(x) if _is_tree(x) else x
     return jtu.tree_map(fix, terms, is_leaf=_is_tree)
 
 
 def with_controls(
-    terms: PyTree[AbstractTerm],
+    terms: Terms,
     kwargs: PyTree[dict],
     t0: Real[Array, ""],
     t1: Real[Array, ""],
     controls: list[PyTree[Array]],
-) -> PyTree[AbstractTerm]:
+) -> Terms:
     """The same over one step, for a solver."""
     leaves, treedef = _flatten(terms)
     known = []

@@ -4,9 +4,10 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractSolver, AbstractTerm
-from jaxtyping import Array, Float, PyTree, Real
+from diffrax import AbstractSolver
+from jaxtyping import Array, Float, Real
 
+from .._custom_types import PyTree, Terms
 from .base import AbstractWindow, Iterate
 from .interpolation import time_at
 from .one_step import Substep
@@ -29,8 +30,8 @@ class Discretisation(eqx.Module):
     - `reads`: which leaves these are.
     """
 
-    solver: AbstractSolver
-    terms: PyTree[AbstractTerm]
+    solver: AbstractSolver[Any]
+    terms: Terms
     args: PyTree[Any]
     t0s: Real[Array, " substeps"]
     t1s: Real[Array, " substeps"]
@@ -40,8 +41,8 @@ class Discretisation(eqx.Module):
 
     def __init__(
         self,
-        solver: AbstractSolver,
-        terms: PyTree[AbstractTerm],
+        solver: AbstractSolver[Any],
+        terms: Terms,
         args: PyTree[Any],
         t0s: Real[Array, " substeps"],
         t1s: Real[Array, " substeps"],
@@ -88,7 +89,9 @@ class Discretisation(eqx.Module):
         return time_at(self.t0s[0], self.t1s[-1], fractions)
 
     def on(
-        self, ts: Real[Array, " substeps_plus_1"], solver: AbstractSolver | None = None
+        self,
+        ts: Real[Array, " substeps_plus_1"],
+        solver: AbstractSolver[Any] | None = None,
     ) -> "Discretisation":
         """The same on another grid."""
         # Of another solver, all leaves may have to be solved for.

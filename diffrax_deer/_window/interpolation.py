@@ -5,9 +5,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
-from jaxtyping import Array, Int, PyTree, Real
+from jaxtyping import Array, Int, Real
 
-from .._custom_types import RealScalarLike
+from .._custom_types import PyTree, RealScalarLike
 
 
 def uniform_grid(

@@ -11,11 +11,11 @@ from diffrax import (
     AbstractRungeKutta,
     AbstractSolver,
     AbstractSRK,
-    AbstractTerm,
     RESULTS,
 )
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, Float, Real
 
+from .._custom_types import PyTree, Terms
 from .._linear_algebra import Matrices
 from .base import AbstractElimination, AbstractWindow, Iterate
 from .control import with_controls
@@ -34,12 +34,10 @@ class OneStepMap(eqx.Module):
     r"""The wrapped solver, as a map $(t_0, t_1, y_0) \mapsto y_1$."""
 
     solver: AbstractSolver
-    terms: PyTree[AbstractTerm]
+    terms: Terms
     args: PyTree[Any]
 
-    def __init__(
-        self, solver: AbstractSolver, terms: PyTree[AbstractTerm], args: PyTree[Any]
-    ):
+    def __init__(self, solver: AbstractSolver, terms: Terms, args: PyTree[Any]):
         self.solver = _jvp_compatible(solver)
         self.terms = terms
         self.args = args

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractTerm
 from jax.interpreters import partial_eval as pe
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
+from .._custom_types import PyTree
 from .base import Iterate
 from .elimination import weighted
 from .stages import all_stages

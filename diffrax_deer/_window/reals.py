@@ -6,7 +6,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
+
+from .._custom_types import PyTree
 
 
 def ravel(y: PyTree[Array], like: PyTree[Array]) -> Float[Array, " size"]:

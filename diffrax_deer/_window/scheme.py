@@ -13,8 +13,9 @@ from diffrax import (
     MultiTerm,
     RESULTS,
 )
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, Float, Real
 
+from .._custom_types import DenseInfo, PyTree, RealScalarLike, Terms, Y
 from .base import AbstractWindow, Iterate
 from .control import batched, controls
 from .elimination import weighted
@@ -36,8 +37,8 @@ class Scheme(eqx.Module):
     - `reads`: which leaves of it the vector field reads.
     """
 
-    solver: AbstractSolver
-    terms: PyTree[AbstractTerm]
+    solver: AbstractSolver[Any]
+    terms: Terms
     args: PyTree[Any]
     y0: PyTree[Array]
     reads: tuple[bool, ...] = eqx.field(static=True)
@@ -108,14 +109,19 @@ class Scheme(eqx.Module):
         parts = _parts(self.tableau, batched(self.terms))
         return t0s, t1s, tuple(jax.vmap(term.contr)(t0s, t1s) for term in parts)
 
-    def step(self, x: tuple[Array, Array, PyTree[Array]], y0) -> Substep:
+    def step(self, x: tuple[Array, Array, PyTree[Array]], y0: Y) -> Substep:
         """One of these steps, by the solver."""
         t0, t1, controls = x
         step = OneStepMap(self.solver, self.terms, self.args)
         return step(t0, t1, y0, controls if self.tableau is None else None)
 
     def stages(
-        self, t0, t1, y0, y1, dense_info: dict[str, Any]
+        self,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        y1: Y,
+        dense_info: DenseInfo,
     ) -> Float[Array, "parts stages size"]:
         """The stages that a step of the solver has gone through."""
         tableau = self.tableau
@@ -186,7 +192,9 @@ class Scheme(eqx.Module):
         join = lambda x, y: self.ravel(eqx.combine(core.unravel(x), rest(y)))
         return _along_last(join, read, unread)
 
-    def interpolation(self, t0, t1, dense_info) -> AbstractLocalInterpolation:
+    def interpolation(
+        self, t0: RealScalarLike, t1: RealScalarLike, dense_info: DenseInfo
+    ) -> AbstractLocalInterpolation:
         """The interpolation over one step."""
         # Interpolations divide by their length, which may be zero if nothing is solved.
         t1 = jnp.where(t0 == t1, t0 + 1, t1)

@@ -7,8 +7,9 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
+from .._custom_types import PyTree
 from .._linear_algebra import Matrices
 from .base import AbstractElimination, AbstractWindow, Iterate
 from .elimination import StageElimination, weighted
