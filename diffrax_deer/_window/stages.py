@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._linear_algebra import Matrices
 from .base import AbstractElimination, AbstractWindow, Iterate
-from .elimination import StageElimination, weighted
+from .elimination import BlockElimination, StageElimination, weighted
 from .tableau import Tableau
 
 
@@ -84,7 +84,9 @@ class StageWindow(AbstractWindow):
         return 0.0
 
     def eliminate(self, J: Matrices) -> AbstractElimination:
-        return StageElimination(self.tableau, J, self.y0.size)
+        has_blocks = J.ndim == 6
+        kind = BlockElimination if has_blocks else StageElimination
+        return kind(self.tableau, J)
 
     def net(self, r: Iterate) -> Float[Array, "substeps size"]:
         return r.ys + weighted(self.tableau.b, r.ks)
