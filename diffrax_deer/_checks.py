@@ -19,6 +19,14 @@ def check_positive_int(x: Any, name: str) -> None:
         raise ValueError(f"`{name}` must be at least 1, got {x}.")
 
 
+def check_divides(x: int, size: int, name: str) -> None:
+    if size % x != 0:
+        raise ValueError(
+            f"`{name}` must divide the size of the state, which consists of {size} "
+            f"numbers, got {x}."
+        )
+
+
 def check_tolerance(x: Any, name: str) -> None:
     if isinstance(x, jax.core.Tracer):
         return  # Its value is not known yet.

@@ -1,5 +1,6 @@
 """All methods lead to the same solution, and to the same derivatives."""
 
+import dataclasses
 from typing import Any, cast
 
 import diffrax
@@ -16,6 +17,7 @@ from diffrax_deer import (
     DeerAdjoint,
     DeerSolver,
     ELK,
+    GaussLegendre,
     Jacobi,
     Picard,
     QuasiDEER,
@@ -175,6 +177,54 @@ def test_same_derivatives(method, adjoint):
     assert max_error(out, _grad(inputs, plain, diffrax.DirectAdjoint())) < 1e-9
 
 
+def _pendulums(inputs, solver):
+    coupling, y0 = inputs
+
+    def vector_field(t, y, args):
+        q, p = y
+        return p, coupling * (jnp.roll(q, 1) - q) - jnp.sin(q)
+
+    sol = diffeqsolve(
+        *(ODETerm(vector_field), solver, 0.0, 6.0, 6.0, y0),
+        max_steps=1,
+        adjoint=DeerAdjoint(),
+    )
+    q, p = sol.ys
+    return jnp.sum(jnp.sin(q)) + jnp.sum(p), (sol.ys, sol.stats)
+
+
+_pendulums_value = eqx.filter_jit(_pendulums)
+_y0_of_pendulums = (jnp.array([0.1, 1.0, 2.0]), jnp.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "solver,full,blocks",
+    (
+        (diffrax.Tsit5(), DEER(), QuasiDEER(samples=1, block=2)),
+        (diffrax.Tsit5(), ELK(), QuasiELK(block=2)),
+        (GaussLegendre(2), DEER(), QuasiDEER(block=2)),
+    ),
+    ids=("explicit", "damped", "implicit"),
+)
+def test_blocks(solver, full, blocks):
+    def solve(coupling, method):
+        deer = DeerSolver(solver, 32, method=method, guess=ConstantGuess())
+        inputs = (jnp.array(coupling), _y0_of_pendulums)
+        _, (ys, stats) = _pendulums_value(inputs, deer)
+        return ys, int(stats["num_iterations"])
+
+    with pytest.raises(ValueError, match=r"block=...\).*divide.* 6 "):
+        solve(0.0, dataclasses.replace(blocks, block=4))
+    # If the blocks are all there is, then this is the same iteration.
+    expected, num_iterations = solve(0.0, full)
+    ys, num_block_iterations = solve(0.0, blocks)
+    assert max_error(ys, expected) < 1e-9
+    if isinstance(full, DEER):
+        assert num_block_iterations == num_iterations
+    # If not, then the solution is the same.
+    assert max_error(solve(0.3, blocks)[0], solve(0.3, full)[0]) < 1e-9
+
+
 def test_memory_of_diagonal_methods():
     size, substeps = 256, 1024
     weight = np.random.default_rng(0).normal(size=(size, size)) / 16
@@ -257,6 +307,7 @@ def test_diagonal_scans(scan, reverse):
         (lambda: ELK(float("nan")), ValueError, "damping"),
         (lambda: QuasiELK(cast(Any, "much")), TypeError, r"QuasiELK\(damping=...\)"),
         (lambda: QuasiDEER(samples=0), ValueError, r"QuasiDEER\(samples=...\)"),
+        (lambda: QuasiDEER(block=0), ValueError, r"QuasiDEER\(block=...\)"),
         (
             lambda: QuasiELK(samples=cast(Any, 1.5)),
             TypeError,

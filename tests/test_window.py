@@ -154,6 +154,30 @@ def test_diagonal_jacobians(solver):
         assert max_error(solve(method), expected) < 1e-11
 
 
+@pytest.mark.parametrize(
+    "solver", (diffrax.Bosh3(), implicit_solvers[1], GaussLegendre(2)), ids=solver_id
+)
+def test_blocks_of_jacobians(solver):
+    # Of pairs that do not depend on other pairs they are all there is.
+    def vector_field(t, y, args):
+        q, p = y
+        return p * jnp.cos(q), q * jnp.sin(p) - q
+
+    y0 = (jnp.array([1.0, 0.3, -2.0]), jnp.array([0.2, -1.0, 0.5]))
+    ts = jnp.linspace(0, 1, 5)
+    problem = Discretisation(solver, ODETerm(vector_field), None, ts[:-1], ts[1:], y0)
+    at = problem.window.interpolated(jr.normal(jr.key(0), (4, 6)))
+    start, r = jr.normal(jr.key(1), (6,)), _random(at, 2)
+
+    def both(method):
+        solve = direct(problem.window, at, method, SequentialScan())
+        return solve(start, r), jax.linear_transpose(solve, start, r)(r)
+
+    expected = both(DEER())
+    for method in (QuasiDEER(block=2), QuasiDEER(samples=1, block=2)):
+        assert max_error(both(method), expected) < 1e-11
+
+
 @pytest.mark.parametrize("solver", (*explicit_solvers, *imex_solvers), ids=solver_id)
 def test_tableaus(solver):
     tableau = tableau_of(solver)

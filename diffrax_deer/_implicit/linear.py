@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from .._linear_algebra import Matrices, matvec, transpose
 from .._method import AbstractMethod, DEER
-from .._scan import AbstractScan
+from .._scan import AbstractScan, BlockwiseScan
 from .._window import AbstractWindow, is_noisy, Iterate, noise_of_linear
 
 
@@ -39,8 +39,8 @@ def linear_solve(
     if jax.default_backend() == "cpu" and window.is_explicit:
         # Nothing is gained from more work at once.
         return lambda start, b: window.derivative(at, start, b)
-    is_diagonal = jax.eval_shape(lambda: eliminate(method)).A.ndim == at.ys.ndim
-    if is_diagonal and window.is_explicit:
+    is_full = jax.eval_shape(lambda: eliminate(method)).A.ndim == at.ys.ndim + 1
+    if not is_full and window.is_explicit:
         # Full Jacobians are too large to be formed. (If it is implicit then nothing
         # says that the iteration converges.)
         return iterative(window, at, method, scan)
@@ -73,6 +73,7 @@ def recurrence(
     scan: AbstractScan, A: Matrices, b: Float[Array, "substeps size"]
 ) -> Float[Array, "substeps size"]:
     """A scan that can be transposed."""
+    scan = BlockwiseScan(scan)
 
     def product(x):
         before = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])

@@ -12,9 +12,9 @@ from diffrax import RESULTS
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import IntScalarLike, PyTree, RealScalarLike
-from .._linear_algebra import Matrices
+from .._linear_algebra import Matrices, matvec
 from .._method import AbstractMethod
-from .._scan import AbstractScan
+from .._scan import AbstractScan, BlockwiseScan
 from .._window import AbstractWindow, is_finite, is_noisy, Iterate, up_to_front
 from .convergence import Convergence
 from .restart import first_of, restart, too_large
@@ -238,7 +238,8 @@ class Iteration(eqx.Module):
         usable = is_finite(r) & is_finite(system.A.reshape(len(r), -1))
         A = jnp.where(jnp.expand_dims(usable, range(1, system.A.ndim)), system.A, 0)
         r = jnp.where(usable[:, None], r, seen.r.ys)
-        ys, is_telling = self.method.correct(self.scan, A, r, seen.at.ys)
+        scan = BlockwiseScan(self.scan)
+        ys, is_telling = self.method.correct(scan, A, r, seen.at.ys)
         # This changes nothing, unless the scan makes rounding errors larger than ours.
         ys = jnp.where(seen.is_known[:, None], r, ys)
         starts = jnp.concatenate([jnp.zeros_like(ys[:1]), ys[:-1]])
@@ -327,11 +328,7 @@ class _Seen(eqx.Module):
 def _terms(J, points):
     # Of a sum, rounding errors are in proportion to its largest terms. (To no more than
     # the points: a large `J` must not excuse large residuals far from the solution.)
-    weights, points = jnp.minimum(jnp.abs(J), 1), jnp.abs(points)[:, None]
-    if J.ndim == points.ndim:
-        return weights * points
-    else:
-        return jnp.sum(weights * points[..., None, :], axis=-1)
+    return matvec(jnp.minimum(jnp.abs(J), 1), jnp.abs(points)[:, None])
 
 
 def _excesses(r: Iterate, bound: Iterate) -> Float[Array, " substeps"]:

@@ -38,7 +38,9 @@ class AbstractMethod(eqx.Module):
         The values, and a function without arguments that returns approximations to the
         Jacobians of each row of the values with respect to the same row of `points`:
         either as matrices, with two axes of length `size` at the end, or only their
-        diagonals, with one.
+        diagonals, with one, or only blocks, with the axes `(block, block, size //
+        block)`, of which the last one counts the blocks. (See
+        [`diffrax_deer.QuasiDEER`][].)
         """
 
     @abc.abstractmethod

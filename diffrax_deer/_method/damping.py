@@ -5,7 +5,7 @@ from equinox import AbstractVar
 from jaxtyping import Array, Bool, Float
 
 from .._custom_types import RealScalarLike
-from .._linear_algebra import matmul, Matrices, matvec
+from .._linear_algebra import blockwise, matmul, Matrices, matvec
 from .._scan import AbstractScan
 from .._window import up_to_front
 from .base import AbstractMethod
@@ -67,16 +67,18 @@ class AbstractDampedMethod(AbstractMethod):
 
         # Where there is nothing to correct, the filter has nothing to be unsure about.
         behind = up_to_front(jnp.any(r != 0, axis=-1))[:, None]
-        if A.ndim == r.ndim:
-            A = jnp.where(behind, 0, A)
-        else:
-            A = A / scale[None, :, None] * scale[None, None]
-            A = jnp.where(behind[..., None], 0, A)
-        gains = lax.cond(damping == 0, _no_gains, _gains, A, r, damping)
-        delta = scan(
-            matvec(gains, A) if A.ndim == r.ndim else matmul(gains, A),
-            matvec(gains, r_scaled),
-        )
+
+        def filtered(A, r, scale):
+            if A.ndim == r.ndim:
+                A = jnp.where(behind, 0, A)
+            else:
+                A = A / scale[..., None] * scale[..., None, :]
+                A = jnp.where(behind[..., None], 0, A)
+            gains = lax.cond(damping == 0, _no_gains, _gains, A, r, damping)
+            multiply = matvec if A.ndim == r.ndim else matmul
+            return scan(multiply(gains, A), matvec(gains, r))
+
+        delta = blockwise(filtered, A, r_scaled, scale[None])
         return delta * scale[None], is_telling
 
 

@@ -63,15 +63,17 @@ class QuasiELK(AbstractDiagonalMethod, AbstractDampedMethod):
     damping: RealScalarLike | None = None
     samples: int | None = eqx.field(default=None, static=True)
     key: PRNGKeyArray | None = None
+    block: int = eqx.field(default=1, static=True)
 
     def __check_init__(self) -> None:
         check_damping(self.damping, "QuasiELK(damping=...)")
         if self.samples is not None:
             check_positive_int(self.samples, "QuasiELK(samples=...)")
+        check_positive_int(self.block, "QuasiELK(block=...)")
 
 
 QuasiELK.__init__.__doc__ = """**Arguments:**
 
 - `damping`: as for [`diffrax_deer.ELK`][].
-- `samples`, `key`: as for [`diffrax_deer.QuasiDEER`][].
+- `samples`, `key`, `block`: as for [`diffrax_deer.QuasiDEER`][].
 """

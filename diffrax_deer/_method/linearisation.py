@@ -10,6 +10,8 @@ import jax.random as jr
 from equinox import AbstractVar
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_divides
+from .._linear_algebra import join, Matrices, split
 from .._window import AbstractWindow
 from .base import AbstractMethod
 
@@ -37,42 +39,62 @@ class AbstractFullMethod(AbstractMethod):
 
 
 class AbstractDiagonalMethod(AbstractMethod):
-    """With the diagonals of the Jacobians, without ever forming these."""
+    """With the diagonals of the Jacobians, or blocks of them, without ever forming
+    these."""
 
     samples: AbstractVar[int | None]
     key: AbstractVar[PRNGKeyArray | None]
+    block: AbstractVar[int]
 
     def linearise(
         self, window: AbstractWindow, points: Float[Array, "substeps points size"]
-    ) -> tuple[Array, Callable[[], Array]]:
+    ) -> tuple[Array, Callable[[], Matrices]]:
+        check_divides(self.block, points.shape[-1], f"{type(self).__name__}(block=...)")
         values, jvp = _linearize(window.values, points)
-        size = points.shape[-1]
+        blocks = points.shape[-1] // self.block
+        shape = (*points.shape[:-1], blocks)
+        zeros = jnp.zeros_like(
+            values, shape=(*values.shape[:-1], self.block, self.block, blocks)
+        )
 
-        # One direction follows the other, which takes no more memory than the values.
+        def columns(probe):
+            # Of all blocks the first columns, the second ones, ...
+            def column(unit):
+                moved = jvp(join(unit[:, None] * probe[:, :, None]))
+                return split(moved, blocks)
+
+            units = jnp.eye(self.block, dtype=points.dtype)
+            return jax.vmap(column, out_axes=-2)(units)
+
+        # One probe follows the other, which takes no more memory than the blocks.
 
         def exact():
             def add(i, total):
-                unit = (jnp.arange(size) == i)[None, None]
-                column = jvp(jnp.broadcast_to(unit, points.shape).astype(points.dtype))
-                return jnp.where(unit[None], column, total)
+                unit = jnp.arange(blocks) == i
+                probe = jnp.broadcast_to(unit, shape).astype(points.dtype)
+                return jnp.where(unit, columns(probe), total)
 
-            return lax.fori_loop(0, size, add, jnp.zeros_like(values))
+            return lax.fori_loop(0, blocks, add, zeros)
 
         def estimated():
             def add(total, key):
-                sign = jr.rademacher(key, points.shape, points.dtype)
-                return total + sign[:, None] * jvp(sign), None
+                sign = jr.rademacher(key, shape, points.dtype)
+                return total + sign[:, None, :, None, None] * columns(sign), None
 
             key = jr.key(0) if self.key is None else self.key
             samples = cast(int, self.samples)
             keys = jr.split(key, samples)
-            total, _ = lax.scan(add, jnp.zeros_like(values), keys)
+            total, _ = lax.scan(add, zeros, keys)
             return total / samples
 
-        return values, exact if self.samples is None else estimated
+        def jacobians():
+            J = exact() if self.samples is None else estimated()
+            return J[..., 0, 0, :] if self.block == 1 else J
+
+        return values, jacobians
 
     def span(self, size: int) -> int:
-        return size if self.samples is None else self.samples
+        return size // self.block if self.samples is None else self.samples
 
 
 class AbstractIdleMethod(AbstractMethod):

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._linear_algebra import matmul, Matrices, matvec
+from .._linear_algebra import join, matmul, Matrices, matvec, split
 from .base import AbstractElimination, Iterate
 from .tableau import Tableau
 
@@ -38,13 +38,13 @@ class StageElimination(AbstractElimination):
     A: Matrices
     is_exact: bool = eqx.field(static=True)
 
-    def __init__(self, tableau: Tableau, J: Matrices, size: int):
+    def __init__(self, tableau: Tableau, J: Matrices):
         self.tableau = tableau
         self.J = J
         self.is_exact = True
         if tableau.is_diagonally_implicit:
             self.factors = self._stage_factors()
-        elif self._is_diagonal or tableau.stages * size <= _DENSE:
+        elif self._is_diagonal or tableau.stages * J.shape[-1] <= _DENSE:
             self.factors = [self._factor_all()]
         else:
             self.is_exact = False
@@ -53,7 +53,7 @@ class StageElimination(AbstractElimination):
             self.A = self._step(jnp.ones_like(J[:, 0, 0]))
         else:
             unit = lambda e: self._step(jnp.broadcast_to(e, J.shape[:1] + e.shape))
-            self.A = jax.vmap(unit, out_axes=-1)(jnp.eye(size, dtype=J.dtype))
+            self.A = jax.vmap(unit, out_axes=-1)(jnp.eye(J.shape[-1], dtype=J.dtype))
 
     def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
         return r.ys + weighted(self.tableau.b, self._solve(jnp.zeros_like(r.ys), r.ks))
@@ -179,6 +179,39 @@ class StageElimination(AbstractElimination):
             dY = self._solve_modes(dY)
         dk = matvec(self.J, dY[:, None])
         return dk if r is None else dk + r
+
+
+class BlockElimination(AbstractElimination):
+    """The same for every block of the state by itself."""
+
+    # With a last axis for these.
+    each: StageElimination
+
+    def __init__(self, tableau: Tableau, J: Matrices):
+        eliminate = lambda J: StageElimination(tableau, J)
+        self.each = eqx.filter_vmap(eliminate, in_axes=-1, out_axes=eqx.if_array(-1))(J)
+
+    @property
+    def A(self) -> Matrices:
+        return self.each.A
+
+    @property
+    def is_exact(self) -> bool:
+        return self.each.is_exact
+
+    def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
+        return self._of_each(lambda system, r: system.condense(r), r)
+
+    def substitute(
+        self, starts: Float[Array, "substeps size"], r: Iterate
+    ) -> Float[Array, "substeps parts stages size"]:
+        fn = lambda system, inputs: system.substitute(*inputs)
+        return self._of_each(fn, (starts, r))
+
+    def _of_each(self, fn, inputs):
+        inputs = jtu.tree_map(lambda x: split(x, self.A.shape[-1]), inputs)
+        fn = jax.vmap(fn, in_axes=-1, out_axes=-1)
+        return join(fn(self.each, inputs))
 
 
 def weighted(

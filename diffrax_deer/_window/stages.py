@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from .._custom_types import PyTree
 from .._linear_algebra import Matrices
 from .base import AbstractElimination, AbstractWindow, Iterate
-from .elimination import StageElimination, weighted
+from .elimination import BlockElimination, StageElimination, weighted
 from .tableau import Tableau
 
 
@@ -106,7 +106,9 @@ class StageWindow(AbstractWindow):
         return 0.0
 
     def eliminate(self, J: Matrices) -> AbstractElimination:
-        return StageElimination(self.tableau, J, self.y0.size)
+        has_blocks = J.ndim == 6
+        kind = BlockElimination if has_blocks else StageElimination
+        return kind(self.tableau, J)
 
     def net(self, r: Iterate) -> Float[Array, "substeps size"]:
         return r.ys + weighted(self.tableau.b, r.ks)

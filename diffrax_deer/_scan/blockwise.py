@@ -1,0 +1,16 @@
+from jaxtyping import Array, Float
+
+from .._linear_algebra import blockwise, Matrices
+from .base import AbstractScan
+
+
+class BlockwiseScan(AbstractScan):
+    """Any other scan, that of each block by itself if there are blocks. So none of the
+    others has to know about these."""
+
+    scan: AbstractScan
+
+    def __call__(
+        self, A: Matrices, b: Float[Array, "substeps size"], *, reverse: bool = False
+    ) -> Float[Array, "substeps size"]:
+        return blockwise(lambda A, b: self.scan(A, b, reverse=reverse), A, b)
