@@ -188,7 +188,6 @@ in_groups = DeerAdjoint(max_window_points=4)
         (deer(tsit5), "step-to", DeerAdjoint(), tsit5),
         (deer(tsit5, 3), "clip", DeerAdjoint(), deer(tsit5, 3)),
         (deer(kvaerno3), "constant", DeerAdjoint(), kvaerno3),
-        (deer(kvaerno3), "step-to", DeerAdjoint(), kvaerno3),
         (deer(kvaerno3), "clip", DeerAdjoint(), kvaerno3),
     ),
     ids=lambda x: x if isinstance(x, str) else type(x).__name__,

@@ -11,7 +11,7 @@ import pytest
 from diffrax import ControlTerm, MultiTerm, ODETerm, RESULTS
 from diffrax_deer import DeerAdjoint
 
-from .helpers import deer, diffeqsolve, exact, max_error, problem, SaveAt
+from .helpers import deer, diffeqsolve, exact, max_error, problem, SaveAt, van_der_pol
 
 
 checkpointed = diffrax.RecursiveCheckpointAdjoint()
@@ -206,13 +206,10 @@ def test_unsafe_brownian_path(solver):
 
 
 def test_statistics():
-    def van_der_pol(t, y, args):
-        return jnp.stack([y[1], 5 * (1 - y[0] ** 2) * y[1] - y[0]])
-
     @jax.jit
     def solve(t0, t1, y0):
         sol = diffeqsolve(
-            ODETerm(van_der_pol),
+            ODETerm(lambda t, y, args: van_der_pol(t, y, 5.0)),
             deer(heun, 64),
             t0,
             t1,

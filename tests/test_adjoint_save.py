@@ -23,8 +23,11 @@ from .helpers import deer, diffeqsolve, problem, SaveAt
 euler = diffrax.Euler()
 
 
-@pytest.mark.parametrize("solver", (euler, deer(euler)), ids=("euler", "deer"))
-@pytest.mark.parametrize("steps", (100, 1000))
+@pytest.mark.parametrize(
+    "solver,steps",
+    ((euler, 1000), (deer(euler), 100), (deer(euler), 1000)),
+    ids=("euler", "deer-100", "deer-1000"),
+)
 def test_step_aligned_saves(solver, steps):
     # Diffrax's default adjoint drops the gradient of many of these.
     @jax.jit

@@ -73,17 +73,12 @@ def hessian():
 
 
 @pytest.mark.parametrize(
-    "modes,solver",
-    (
-        ((jax.jacfwd, jax.jacrev), deer(euler)),
-        ((jax.jacrev, jax.jacrev), deer(euler)),
-        ((jax.jacfwd, jax.jacrev), euler),
-    ),
-    ids=("deer", "deer-reverse", "euler"),
+    "outer,solver",
+    ((jax.jacrev, deer(euler)), (jax.jacfwd, euler)),
+    ids=("deer", "euler"),
 )
-def test_hessian(modes, solver, hessian):
-    outer, inner = modes
-    fn = eqx.filter_jit(outer(inner(_flat_loss)))
+def test_hessian(outer, solver, hessian):
+    fn = eqx.filter_jit(outer(jax.jacrev(_flat_loss)))
     actual = fn(flat_inputs, solver, constant, in_groups)
     assert max_error(actual, hessian) < 1e-9
     assert max_error(actual, actual.T) < 1e-12

@@ -21,26 +21,17 @@ from diffrax_deer import (
     RadauIIA,
 )
 
-from .helpers import diffeqsolve, SaveAt
+from .helpers import diffeqsolve, lorenz, SaveAt, van_der_pol
 
 
 matplotlib.use("Agg")
 tsit5 = diffrax.Tsit5()
+term = ODETerm(lambda t, y, args: van_der_pol(t, y, 2.0))
 y0 = jnp.array([2.0, 0.0])
-
-
-def _van_der_pol(t, y, args):
-    return jnp.stack([y[1], 2 * (1 - y[0] ** 2) * y[1] - y[0]])
-
-
-def _lorenz(t, y, args):
-    x, y, z = y
-    return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
 
 
 def test_single_window():
     solver = DeerSolver(tsit5, 256, guess=ConstantGuess())
-    term = ODETerm(_van_der_pol)
     report = diagnose(term, solver, 0, 10, 10, y0)
     assert report.result == RESULTS.successful
     assert report.ts.tolist() == [0, 10]
@@ -69,27 +60,25 @@ def test_single_window():
 def test_advice_helps():
     # Follow it until it says that there is nothing left to do.
     solver, dt0 = DeerSolver(tsit5, 256, guess=ConstantGuess()), 10.0
-    report = diagnose(ODETerm(_van_der_pol), solver, 0, 10, dt0, y0)
+    report = diagnose(term, solver, 0, 10, dt0, y0)
     for _ in range(2):
         substeps = report.recommended_substeps
         if substeps is None:
             break
         dt0 = dt0 * substeps / solver.substeps
         solver = DeerSolver(tsit5, substeps, guess=ConstantGuess())
-        report = diagnose(ODETerm(_van_der_pol), solver, 0, 10, dt0, y0)
+        report = diagnose(term, solver, 0, 10, dt0, y0)
     assert 1 <= report.num_iterations.max() <= 15
     assert solver.substeps >= 8
     # With more iterations, it would depend on rounding errors how many exactly.
-    sol = diffeqsolve(
-        ODETerm(_van_der_pol), solver, 0, 10, dt0, y0, adjoint=DeerAdjoint()
-    )
+    sol = diffeqsolve(term, solver, 0, 10, dt0, y0, adjoint=DeerAdjoint())
     stats = [sol.stats[k] for k in ("num_iterations", "max_window_iterations")]
     assert stats == [report.num_iterations.sum(), report.num_iterations.max()]
 
 
 def test_adaptive_and_chaotic():
     report = diagnose(
-        ODETerm(_lorenz),
+        ODETerm(lorenz),
         DeerSolver(tsit5, 64, method=ELK()),
         *(0, 100, None, jnp.ones(3)),
         stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-6),
@@ -116,7 +105,7 @@ def test_lyapunov_of_a_linear_equation():
 
 def test_failure():
     solver = DeerSolver(tsit5, 256, guess=ConstantGuess(), max_iters=7)
-    report = diagnose(ODETerm(_van_der_pol), solver, 0, 10, 10, y0)
+    report = diagnose(term, solver, 0, 10, 10, y0)
     assert report.result != RESULTS.successful
     assert report.num_iterations.tolist() == [7]
     assert 7 <= report.fronts[0][-1] < 256
@@ -143,7 +132,7 @@ def test_memory_and_large_states():
 
 def test_on_a_cpu():
     # Where the default is the wrapped solver.
-    report = diagnose(ODETerm(_van_der_pol), DeerSolver(tsit5, 64), 0, 5, 5, y0)
+    report = diagnose(term, DeerSolver(tsit5, 64), 0, 5, 5, y0)
     assert report.is_sequential and report.recommended_substeps is None
     assert "nothing was solved jointly" in str(report)
 
@@ -192,7 +181,7 @@ def test_arguments_of_diffeqsolve():
     )
     assert set(kwargs) <= set(inspect.signature(diffrax.diffeqsolve).parameters)
     solver = DeerSolver(tsit5, 8, guess=ConstantGuess())
-    call = (ODETerm(_van_der_pol), solver, 0, 8, 0.5, y0)
+    call = (term, solver, 0, 8, 0.5, y0)
     report = diagnose(*call, **cast(Any, kwargs))
     assert report.result == RESULTS.event_occurred
     assert report.ts[-1] < 8
@@ -205,7 +194,7 @@ def test_arguments_of_diffeqsolve():
 
 
 def test_nothing_to_solve():
-    report = diagnose(ODETerm(_van_der_pol), DeerSolver(), 0, 0, 1, y0)
+    report = diagnose(term, DeerSolver(), 0, 0, 1, y0)
     assert len(report.num_iterations) == 0
     assert "not a single window" in str(report)
 
@@ -220,8 +209,6 @@ def test_empty_state():
 
 def test_bad_input():
     with pytest.raises(TypeError, match=r"diagnose\(solver=...\)"):
-        diagnose(ODETerm(_van_der_pol), cast(Any, tsit5), 0, 1, 1, y0)
+        diagnose(term, cast(Any, tsit5), 0, 1, 1, y0)
     with pytest.raises(TypeError, match="jit"):
-        jax.jit(
-            lambda y0: diagnose(ODETerm(_van_der_pol), DeerSolver(), 0, 1, 1, y0).ts
-        )(y0)
+        jax.jit(lambda y0: diagnose(term, DeerSolver(), 0, 1, 1, y0).ts)(y0)

@@ -21,15 +21,11 @@ from diffrax_deer import (
 )
 from diffrax_deer._grid.density import Shares, spread
 
-from .helpers import diffeqsolve, max_error, root_finder, SaveAt
+from .helpers import diffeqsolve, max_error, root_finder, SaveAt, van_der_pol
 
 
 T = 20.0
 Y0 = jnp.array([2.0, 0.0])
-
-
-def van_der_pol(t, y, mu):
-    return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
 
 
 def _solver(wrapped, substeps, grid, guess):

@@ -23,22 +23,26 @@ from diffrax_deer import (
 from diffrax_deer._guess._coarse_grid import coarse_grid
 from diffrax_deer._window import Discretisation, Iterate
 
-from .helpers import diffeqsolve, exact, max_error, SaveAt, sequential
+from .helpers import (
+    diffeqsolve,
+    exact,
+    lorenz,
+    max_error,
+    SaveAt,
+    sequential,
+    van_der_pol,
+)
 
 
 tsit5 = diffrax.Tsit5()
 y0 = jnp.array([2.0, 0.0])
 
 
-def _van_der_pol(t, y, mu):
-    return jnp.stack([y[1], mu * (1 - y[0] ** 2) * y[1] - y[0]])
-
-
 @ft.partial(jax.jit, static_argnames=("windows", "substeps", "direction"))
 def _solve(guess, mu=2.0, *, windows=1, substeps=256, direction=1):
     return diffeqsolve(
         # Backwards in time from the end the same solution, which is unstable there.
-        ODETerm(lambda t, y, mu: direction * _van_der_pol(t, y, mu)),
+        ODETerm(lambda t, y, mu: direction * van_der_pol(t, y, mu)),
         DeerSolver(tsit5, substeps, guess=guess),
         0,
         direction * 10,
@@ -53,7 +57,7 @@ def _solve(guess, mu=2.0, *, windows=1, substeps=256, direction=1):
 
 def _reference(mu=2.0):
     ts = np.linspace(0, 10, 257)
-    return sequential(ODETerm(_van_der_pol), tsit5, ts, y0, mu).ys
+    return sequential(ODETerm(van_der_pol), tsit5, ts, y0, mu).ys
 
 
 def _values(guess, term, ts, y0):
@@ -83,7 +87,7 @@ def test_one_window(guess):
 @pytest.mark.parametrize("substeps", (64, 2048))
 def test_by_platform(substeps, monkeypatch):
     ts, y0 = jnp.linspace(0, 10, substeps + 1), jnp.array([2.0, 0.0])
-    term = ODETerm(lambda t, y, args: _van_der_pol(t, y, 2.0))
+    term = ODETerm(lambda t, y, args: van_der_pol(t, y, 2.0))
 
     def program(guess):
         return str(jax.make_jaxpr(lambda y0: _values(guess, term, ts, y0))(y0))
@@ -124,7 +128,7 @@ def test_extrapolation():
     def num_iterations(guess, windows=128, substeps=8):
         sol = _solve(guess, windows=windows, substeps=substeps)
         ts = np.linspace(0, 10, windows * substeps + 1)
-        reference = sequential(ODETerm(_van_der_pol), tsit5, ts, y0, 2.0).ys
+        reference = sequential(ODETerm(van_der_pol), tsit5, ts, y0, 2.0).ys
         assert max_error(sol.ys, reference) < 1e-9
         return sol.stats["num_iterations"]
 
@@ -193,7 +197,7 @@ class _Wrong(AbstractGuess):
 def test_wrong_shape(out):
     with pytest.raises(ValueError, match=r"(?s)DeerSolver\(guess=...\).*_Wrong"):
         diffeqsolve(
-            *(ODETerm(_van_der_pol), DeerSolver(tsit5, 8, guess=_Wrong(out)), 0, 1, 1),
+            *(ODETerm(van_der_pol), DeerSolver(tsit5, 8, guess=_Wrong(out)), 0, 1, 1),
             *(y0, 2.0),
         )
 
@@ -246,10 +250,6 @@ def test_coarse_grid(substeps, padding, steps):
 
 def test_nested_guess_of_a_chaotic_solution():
     # The coarsest grid blows up, and the others tell nothing about the solution.
-    def lorenz(t, y, args):
-        x, y, z = y
-        return jnp.stack([10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z])
-
     solver = DeerSolver(tsit5, 4096, guess=NestedGuess(levels=3))
     y0 = jnp.array([0.0, 1.0, 1.05])
     sol = diffeqsolve(

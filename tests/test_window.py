@@ -1,5 +1,6 @@
 """The window as one block system: its unknowns, its residual, its elimination."""
 
+import functools as ft
 from typing import Any
 
 import diffrax
@@ -49,9 +50,22 @@ imex_solvers = (
 )
 opaque_solvers = (diffrax.HalfSolver(diffrax.Heun()),)
 solvers = (*explicit_solvers, *implicit_solvers, *imex_solvers, *opaque_solvers)
+# Of each kind of equations one, or one with a single and one with more stages.
+kinds = (
+    diffrax.Euler(),
+    diffrax.Heun(),
+    diffrax.ImplicitEuler(root_finder=root_finder),
+    diffrax.Kvaerno3(root_finder=root_finder),
+    GaussLegendre(1),
+    RadauIIA(2),
+    diffrax.KenCarp3(root_finder=root_finder),
+    diffrax.Sil3(root_finder=root_finder),
+    *opaque_solvers,
+)
 
 
-step_jit = eqx.filter_jit(lambda step, *args: step(*args))
+# One by one, operations take longer to compile than all of them at once.
+jit = eqx.filter_jit(lambda fn, *args: fn(*args))
 
 
 def _problem(solver, substeps=5):
@@ -63,16 +77,24 @@ def _problem(solver, substeps=5):
     return Discretisation(solver, terms, args, ts[:-1], ts[1:], y0)
 
 
+@ft.cache
+def _sequential(solver):
+    return jit(_problem(solver).sequential)
+
+
+def _outputs(discretisation, at):
+    return discretisation.outputs(discretisation.whole(at))
+
+
 @pytest.mark.parametrize("solver", solvers, ids=solver_id)
 def test_outputs_are_those_of_the_solver(solver):
     # Up to what its own root finder leaves.
-    discretisation = _problem(solver)
-    at = jax.jit(lambda: discretisation.sequential())()
-    outputs: Any = discretisation.outputs(discretisation.whole(at))
+    discretisation, at = _problem(solver), _sequential(solver)
+    outputs: Any = jit(_outputs, discretisation, at)
     step = OneStepMap(solver, discretisation.terms, discretisation.args)
     y0 = discretisation.y0
     for n, (t0, t1) in enumerate(zip(discretisation.t0s, discretisation.t1s)):
-        expected: Any = step_jit(step, t0, t1, y0)
+        expected: Any = jit(step, t0, t1, y0)
         ours = jtu.tree_map(lambda x: x[n], outputs.dense_info)
         assert max_error(at.ys[n], expected.y1) < 1e-14
         assert max_error(ours, expected.dense_info) < 1e-14
@@ -88,13 +110,16 @@ def test_outputs_are_those_of_the_solver(solver):
 @pytest.mark.parametrize("solver", solvers, ids=solver_id)
 def test_residual(solver):
     # There is none at the solution, and elsewhere there is.
-    window = _problem(solver).window
-    at = jax.jit(lambda: _problem(solver).sequential())()
-    targets = window.all_targets(at)
+    window, at = _problem(solver).window, _sequential(solver)
+    targets = jit(window.all_targets, at)
     assert max_error((targets.ys, targets.ks), (at.ys, at.ks)) < 1e-10
-    away = window.interpolated(at.ys + 0.1)
-    r = jtu.tree_map(jnp.subtract, window.all_targets(away), away)
-    assert jnp.max(jnp.abs(window.net(r))) > 1e-3
+
+    def net_residual(ys):
+        away = window.interpolated(ys)
+        r = jtu.tree_map(jnp.subtract, window.all_targets(away), away)
+        return window.net(r)
+
+    assert jnp.max(jnp.abs(jit(net_residual, at.ys + 0.1))) > 1e-3
 
 
 def _random(like, seed):
@@ -102,11 +127,11 @@ def _random(like, seed):
     return unravel(jr.normal(jr.key(seed), flat.shape, flat.dtype))
 
 
-@pytest.mark.parametrize("solver", solvers, ids=solver_id)
+@pytest.mark.parametrize("solver", kinds, ids=solver_id)
 def test_linearised_equations(solver):
     # Against a dense matrix, in both directions.
     window = _problem(solver).window
-    at = window.interpolated(jr.normal(jr.key(0), (5, 3)))
+    at = jit(window.interpolated, jr.normal(jr.key(0), (5, 3)))
     flat_at, unravel = ravel_pytree(at)
 
     def residual(y0, x):
@@ -115,25 +140,30 @@ def test_linearised_equations(solver):
         targets = moved.all_targets(unravel(x))
         return x - ravel_pytree(targets)[0]
 
-    L0, L = jax.jacfwd(residual, (0, 1))(window.y0, flat_at)
+    L0, L = jit(jax.jacfwd(residual, (0, 1)), window.y0, flat_at)
     b, start = _random(at, 1), jnp.array([0.3, -1.0, 2.0])
     expected = jnp.linalg.solve(L, ravel_pytree(b)[0] - L0 @ start)
-    solves = {
-        "direct": direct(window, at, DEER(), SequentialScan()),
-    }
+    solves = [lambda: direct(window, at, DEER(), SequentialScan())]
     if window.is_explicit:
-        solves["iterative"] = iterative(window, at, QuasiDEER(), SequentialScan())
-        solves["sequential"] = lambda start, b: window.derivative(at, start, b)
+        solves += [
+            lambda: iterative(window, at, QuasiDEER(), SequentialScan()),
+            lambda: ft.partial(window.derivative, at),
+        ]
     cotangent = _random(at, 2)
     transposed = jnp.linalg.solve(L.T, ravel_pytree(cotangent)[0])
-    for solve in solves.values():
-        assert max_error(ravel_pytree(solve(start, b))[0], expected) < 1e-9
-        out_start, out = jax.linear_transpose(solve, start, b)(cotangent)
-        assert max_error(ravel_pytree(out)[0], transposed) < 1e-9
+
+    def both_directions(make):
+        solve = make()
+        return solve(start, b), jax.linear_transpose(solve, start, b)(cotangent)
+
+    for make in solves:
+        out, (out_start, out_b) = jit(both_directions, make)
+        assert max_error(ravel_pytree(out)[0], expected) < 1e-9
+        assert max_error(ravel_pytree(out_b)[0], transposed) < 1e-9
         assert max_error(out_start, -L0.T @ transposed) < 1e-9
 
 
-@pytest.mark.parametrize("solver", solvers, ids=solver_id)
+@pytest.mark.parametrize("solver", kinds, ids=solver_id)
 def test_diagonal_jacobians(solver):
     # Of components that do not depend on each other they are all there is.
     terms = ODETerm(lambda t, y, args: jnp.sin(y) * jnp.cos(t))
@@ -141,7 +171,7 @@ def test_diagonal_jacobians(solver):
         terms = diffrax.MultiTerm(terms, ODETerm(lambda t, y, args: -(y**3)))
     ts, y0 = jnp.linspace(0, 1, 5), jnp.array([1.0, 0.3, -2.0])
     window = Discretisation(solver, terms, None, ts[:-1], ts[1:], y0).window
-    at = window.interpolated(jr.normal(jr.key(0), (4, 3)))
+    at = jit(window.interpolated, jr.normal(jr.key(0), (4, 3)))
     r = _random(at, 1)
     methods = (DEER(), QuasiDEER(), QuasiDEER(samples=1, key=jr.key(3)))
 
@@ -149,9 +179,9 @@ def test_diagonal_jacobians(solver):
         out = direct(window, at, method, SequentialScan())(jnp.ones(3), r)
         return ravel_pytree(out)[0]
 
-    expected = solve(methods[0])
-    for method in methods[1:]:
-        assert max_error(solve(method), expected) < 1e-11
+    expected, *others = jit(lambda: [solve(method) for method in methods])
+    for other in others:
+        assert max_error(other, expected) < 1e-11
 
 
 @pytest.mark.parametrize(
@@ -203,15 +233,15 @@ def test_solvers_of_ones_own():
 
 def test_interpolation():
     discretisation = _problem(diffrax.Tsit5(), 40)
-    at = discretisation.sequential()
+    at = jit(discretisation.sequential)
     ts = jnp.array([0.3, 0.52, 1.1])
     exact: Any = diffrax.diffeqsolve(
         *(discretisation.terms, diffrax.Dopri8(), 0.3, 1.1, 0.01),
         *(discretisation.y0, discretisation.args),
         saveat=diffrax.SaveAt(ts=ts),
     ).ys
-    assert max_error(discretisation.evaluate(at, ts), exact) < 1e-8
-    infos = discretisation.outputs(discretisation.whole(at)).dense_info
+    assert max_error(jit(discretisation.evaluate, at, ts), exact) < 1e-8
+    infos = jit(_outputs, discretisation, at).dense_info
     info = jtu.tree_map(lambda x: x[11], infos)
     t0, t1 = discretisation.t0s[11], discretisation.t1s[11]
     interpolation = discretisation.scheme.interpolation(t0, t1, info)
@@ -238,19 +268,28 @@ def test_large_implicit_systems(solver):
     ts, y0 = jnp.linspace(0, 3, substeps + 1), jnp.linspace(-1, 1, size)
     discretisation = Discretisation(solver, term, None, ts[:-1], ts[1:], y0)
     window = discretisation.window
-    at = window.interpolated(jr.normal(jr.key(1), (substeps, size)))
-    _, jacobians = DEER().linearise(window, window.points(at))
-    system = window.eliminate(jacobians())
+    at = jit(window.interpolated, jr.normal(jr.key(1), (substeps, size)))
+
+    def eliminate(at):
+        _, jacobians = DEER().linearise(window, window.points(at))
+        return window.eliminate(jacobians())
+
+    system = eqx.filter_eval_shape(eliminate, at)
     assert not system.is_exact
     memory = sum(x.size for x in jtu.tree_leaves(system))
     assert memory < 4.5 * solver.stages * substeps * size**2
     b, start = _random(at, 2), jr.normal(jr.key(3), (size,))
-    out = linear_solve(window, at, DEER(), SequentialScan())(start, b)
-    _, moved = jax.jvp(
-        lambda y0, at: eqx.tree_at(lambda w: w.y0, window, y0).all_targets(at),
-        (window.y0, at),
-        (start, out),
-    )
+
+    def solve_and_moved(start, b):
+        out = linear_solve(window, at, DEER(), SequentialScan())(start, b)
+        _, moved = jax.jvp(
+            lambda y0, at: eqx.tree_at(lambda w: w.y0, window, y0).all_targets(at),
+            (window.y0, at),
+            (start, out),
+        )
+        return out, moved
+
+    out, moved = jit(solve_and_moved, start, b)
     expected = jtu.tree_map(jnp.add, moved, b)
     assert max_error((out.ys, out.ks), (expected.ys, expected.ks)) < 1e-12
     # It hardly takes more iterations.
