@@ -40,6 +40,9 @@ def tables(file: Path) -> str:
     if any("required" in row for row in rows):
         lines += [_grid_summary(content["summary"]), "", _grids(rows), ""]
         rows = []
+    if any(row.get("suite") == "large states" for row in rows):
+        lines += [_large(rows), ""]
+        rows = []
     recurrences = [row for row in rows if "iterations" in row]
     if len(recurrences) > 0:
         lines += [_recurrences(recurrences), ""]
@@ -215,6 +218,32 @@ def _bounds(bounds: list[dict[str, Any]]) -> str:
     ]
     header = ["ratio", "", "bound", "geometric mean", "worst", "above the bound"]
     return _markdown(header, cells)
+
+
+def _large(rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    cells = []
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        line = [problem]
+        for name in names:
+            row = next(
+                (r for r in rows if (r["problem"], r["name"]) == (problem, name)), None
+            )
+            if row is None:
+                line.append("-")
+                continue
+            memory = f"{row['temp_mib']:,.2g} MiB"
+            if row["temp_mib"] >= 100:
+                memory = f"{row['temp_mib']:,.0f} MiB"
+            if "converged" not in row:
+                line.append(f"not run ({memory})")
+            elif not row["converged"]:
+                line.append(f"not within {row['iterations']} iterations")
+            else:
+                time = _time(row["median_ms"])
+                line.append(f"{row['span']} ({memory}, {time})")
+        cells.append(line)
+    return _markdown(["span (memory, time)", *names], cells)
 
 
 def _spans(rows: list[dict[str, Any]]) -> str:
