@@ -1,8 +1,8 @@
 """States of hundreds of numbers, in one window of 128 substeps from a constant guess,
 as on a GPU: which method solves these in less evaluations that follow one another than
-it takes to make one step after the other, and in how much memory.
+it takes to make one step after the other, and in how much memory. Nothing is timed.
 
-    python -m benchmarks.large --output benchmarks/results/large_cpu.json
+    python -m benchmarks.large --output benchmarks/results/large.json
 """
 
 from collections.abc import Callable
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from . import _problems as zoo, _study as study
-from ._timing import measure, print_environment
 
 
 # Beyond that, an iteration is given up.
@@ -113,7 +112,7 @@ def joint(problem: zoo.Problem, method: deer.AbstractMethod, windows: int) -> So
     return solve
 
 
-def compare(name: str, problem: zoo.Problem, repeats: int) -> list[study.Row]:
+def compare(name: str, problem: zoo.Problem) -> list[study.Row]:
     as_single = lambda x: x.astype(jnp.float32)
     y0, args = jax.tree_util.tree_map(as_single, problem.inputs)
     problem = problem._replace(y0=y0, args=args)
@@ -130,12 +129,11 @@ def compare(name: str, problem: zoo.Problem, repeats: int) -> list[study.Row]:
         rows.append(dict(**columns, name="DEER", temp_mib=mib))
     solves = {"sequential": sequential(problem)}
     solves |= {key: joint(problem, *choice) for key, choice in choices.items()}
-    timings = measure(
-        solves, y0, args, repeats=repeats, compile_repeats=1, max_seconds=1.0
-    )
-    expected = timings["sequential"].output[0]
-    for key, timing in timings.items():
-        ys, num_iterations, span, okay = timing.output
+    expected, *_ = jax.jit(sequential(problem))(y0, args)
+    for key, solve in tqdm(solves.items(), unit="solve", leave=False):
+        compiled: Any = jax.jit(solve).lower(y0, args).compile()
+        mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        ys, num_iterations, span, okay = compiled(y0, args)
         converged = bool(okay)
         rows.append(
             dict(
@@ -146,8 +144,7 @@ def compare(name: str, problem: zoo.Problem, repeats: int) -> list[study.Row]:
                 span=int(span),
                 # At the end.
                 error=study.distance(ys[-1], expected[-1]) if converged else None,
-                temp_mib=timing.temp_bytes / 2**20,
-                **timing.columns,
+                temp_mib=mib,
             )
         )
     return rows
@@ -157,9 +154,8 @@ def main() -> None:
     args = study.arguments(__doc__)
     rows = []
     for name, problem in tqdm(problems().items(), unit="problem"):
-        rows += compare(name, problem, args.repeats)
+        rows += compare(name, problem)
         study.save(args, rows)
-    print_environment()
     study.show(rows)
 
 

@@ -1,7 +1,8 @@
 """Writes the results of `python -m benchmarks` into a document, as tables.
 
 Between `<!-- FILE.json -->` and `<!-- end -->`, for every such pair of lines, where
-`FILE.json` is in `benchmarks/results`.
+`FILE.json` is in `benchmarks/results`. Of a study, `<!-- FILE.json, SUITE -->` is
+one of its tables.
 """
 
 import argparse
@@ -39,9 +40,6 @@ def tables(file: Path) -> str:
         rows = []
     if any("required" in row for row in rows):
         lines += [_grid_summary(content["summary"]), "", _grids(rows), ""]
-        rows = []
-    if any(row.get("suite") == "large states" for row in rows):
-        lines += [_large(rows), ""]
         rows = []
     recurrences = [row for row in rows if "iterations" in row]
     if len(recurrences) > 0:
@@ -240,10 +238,9 @@ def _large(rows: list[dict[str, Any]]) -> str:
             elif not row["converged"]:
                 line.append(f"not within {row['iterations']} iterations")
             else:
-                time = _time(row["median_ms"])
-                line.append(f"{row['span']} ({memory}, {time})")
+                line.append(f"{row['span']} ({memory})")
         cells.append(line)
-    return _markdown(["span (memory, time)", *names], cells)
+    return _markdown(["span (memory)", *names], cells)
 
 
 def _spans(rows: list[dict[str, Any]]) -> str:
@@ -346,14 +343,71 @@ def _markdown(header, cells):
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells))
 
 
+def study(file: Path, suite: str) -> str:
+    """How many iterations it took, in one suite of a study."""
+    rows = json.loads(file.read_text())["rows"]
+    rows = [row for row in rows if row["suite"] == suite]
+    if suite == "large states":
+        return _large(rows)
+
+    def cell(row):
+        if not row.get("converged", True):
+            return "fails"
+        iterations, error = row.get("iterations"), row.get("error")
+        if suite == "everything":
+            error = row["true_error"]
+            return f"{error:.0e}" + (f" ({iterations})" if iterations > 0 else "")
+        elif suite == "gradient":
+            return f"{error:.0e}"
+        elif suite == "rtol":
+            return f"{iterations} ({error:.0e})"
+        elif suite == "guess" and "dtype" not in row:
+            return f"{iterations} ({row['span']})"
+        return str(iterations)
+
+    across, down = {
+        "methods": (["problem"], ["name"]),
+        "guess": (["problem", "guess"], ["name", "dtype", "refine"]),
+        "rtol": (["rtol"], ["problem", "name", "dtype"]),
+        "damping": (["damping"], ["problem"]),
+        "substeps": (["substeps"], ["name"]),
+        "size": (["size"], ["name"]),
+        "everything": (["substeps"], ["name", "dtype"]),
+        "gradient": (["problem"], ["name", "dtype"]),
+    }[suite]
+    show = lambda x: f"{x:g}" if isinstance(x, float) else str(x)
+
+    def label(row, keys):
+        words = [show(row[key]) for key in keys if key in row and key != "refine"]
+        if "refine" in keys and row.get("refine") and row["dtype"] != "float64":
+            words.append("last step in float64")
+        return ", ".join(words)
+
+    cells = {}
+    for row in rows:
+        line = cells.setdefault(label(row, down), {})
+        line[label(row, across)] = cell(row)
+    columns = list(dict.fromkeys(label(row, across) for row in rows))
+    lines = [
+        [name, *(line.get(x, "-") for x in columns)] for name, line in cells.items()
+    ]
+    return _markdown(["", *columns], lines)
+
+
 def updated(text: str) -> str:
     pattern = re.compile(
-        r"(<!-- (\S+\.json)(, in short)? -->\n).*?(<!-- end -->)", re.DOTALL
+        r"(<!-- (\S+\.json)(?:, ([^>]+))? -->\n).*?(<!-- end -->)", re.DOTALL
     )
 
     def replace(m):
-        made = tables if m[3] is None else in_short
-        return f"{m[1]}\n{made(RESULTS / m[2])}\n\n{m[4]}"
+        file, part = RESULTS / m[2], m[3]
+        if part is None:
+            made = tables(file)
+        elif part == "in short":
+            made = in_short(file)
+        else:
+            made = study(file, part)
+        return f"{m[1]}\n{made}\n\n{m[4]}"
 
     return pattern.sub(replace, text)
 
