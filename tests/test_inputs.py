@@ -263,20 +263,6 @@ def test_stochastic():
     assert isinstance(DeerSolver(diffrax.Euler()), diffrax.AbstractItoSolver)
 
 
-def test_stochastic_runge_kutta():
-    path = diffrax.VirtualBrownianTree(
-        0.0, 1.0, tol=1e-3, shape=(), key=jr.key(0), levy_area=diffrax.SpaceTimeLevyArea
-    )
-    terms = diffrax.MultiTerm(
-        ODETerm(lambda t, y, args: -jnp.sin(y)),
-        diffrax.ControlTerm(lambda t, y, args: jnp.array(0.5), path),
-    )
-    y0 = jnp.array(1.0)
-    deer = diffeqsolve(terms, DeerSolver(diffrax.ShARK(), 4), 0, 1, 0.5, y0)
-    ref = sequential(terms, diffrax.ShARK(), np.linspace(0, 1, 9), y0)
-    assert max_error(deer.ys, ref.ys) < 1e-10
-
-
 def test_controlled():
     ts = jnp.linspace(0, 1, 21)
     control = diffrax.LinearInterpolation(ts, jnp.stack([ts, jnp.sin(9 * ts)], axis=-1))
