@@ -1,0 +1,430 @@
+"""What the examples share: command line, training, checkpoints, results and plots."""
+
+import abc
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib
+import numpy as np
+import optax
+from diffrax_deer import DeerAdjoint, DeerSolver
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    num_train: int
+    num_test: int
+    batch_size: int
+    steps: int
+    learning_rate: float = 1e-2
+    # In double precision, rounding errors stay small enough throughout training that
+    # the losses with all solvers agree. In single precision they grow apart.
+    dtype: Literal["float32", "float64"] = "float64"
+
+
+class Extras(NamedTuple):
+    """What there is besides the loss."""
+
+    # Of the solver, for each member of the batch.
+    iterations: Int[Array, " batch"] | None = None
+    # What the next training step is handed.
+    memory: PyTree[Array] = None
+
+
+class Task(eqx.Module):
+    """What is learnt, and from what. All solvers start from the same."""
+
+    preset: eqx.AbstractVar[Preset]
+    # Untrained.
+    model: eqx.AbstractVar[eqx.Module]
+
+    @abc.abstractmethod
+    def batch(self, step: int) -> PyTree[Array]:
+        """A pure function, so that training can be continued from any step."""
+
+    @abc.abstractmethod
+    def loss(self, model, batch, solver, memory) -> tuple[Float[Array, ""], Extras]:
+        """With any of the solvers."""
+
+    @abc.abstractmethod
+    def evaluate(self, model) -> dict[str, Float[Array, ""]]:
+        """How good a model is, on data that it has not been trained on."""
+
+    @abc.abstractmethod
+    def plot(self, model, folder: Path) -> None:
+        """What has been learnt."""
+
+    def memory(self, solver) -> PyTree[Array]:
+        """What the first training step is handed."""
+        del solver
+        return None
+
+
+class Way(NamedTuple):
+    """A way to solve a differential equation."""
+
+    solver: dfx.AbstractSolver
+    adjoint: dfx.AbstractAdjoint
+
+
+def ways(solver: dfx.AbstractSolver) -> dict[str, Way]:
+    """To make the same steps: sequentially, with either adjoint, and jointly."""
+    name = type(solver).__name__
+    return {
+        name: Way(solver, dfx.RecursiveCheckpointAdjoint()),
+        f"{name}+DeerAdjoint": Way(solver, DeerAdjoint()),
+        "DEER": Way(DeerSolver(solver, substeps=1), DeerAdjoint()),
+    }
+
+
+def batch_of(
+    examples: PyTree[Array], key: PRNGKeyArray, step: int, preset: Preset
+) -> PyTree[Array]:
+    """The training examples of a step. Every epoch visits each of them once."""
+    size = preset.batch_size
+    epoch, position = divmod(step, preset.num_train // size)
+    permutation = jr.permutation(jr.fold_in(key, epoch), preset.num_train)
+    indices = permutation[position * size : (position + 1) * size]
+    return jax.tree.map(lambda x: x[indices], examples)
+
+
+#
+# Files
+#
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """At any moment, `path` is either its old or its new content, and complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_leaves(path: Path, tree: PyTree) -> None:
+    atomic_write(path, lambda file: eqx.tree_serialise_leaves(file, tree))
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def start_run(output: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Either forgets what `output` holds of an earlier run, or makes sure that this can
+    be continued with the same settings.
+    """
+    if output.exists() and not output.is_dir():
+        raise SystemExit(f"error: the output folder {output} is a file.")
+    path = output / "settings.json"
+    if not resume:
+        output.mkdir(parents=True, exist_ok=True)
+        for checkpoint in output.glob("checkpoint_*.eqx"):
+            checkpoint.unlink()
+        write_json(path, settings)
+        return
+    if not path.exists():
+        raise SystemExit(f"error: there is no run to resume in {output}.")
+    saved = json.loads(path.read_text())
+    settings = json.loads(json.dumps(settings))  # tuples become lists
+    changed = [
+        f"{name} = {settings.get(name)} (was {saved.get(name)})"
+        for name in sorted(settings.keys() | saved.keys())
+        if settings.get(name) != saved.get(name)
+    ]
+    if len(changed) > 0:
+        raise SystemExit(
+            f"error: the run in {output} cannot be resumed with other settings: "
+            + ", ".join(changed)
+        )
+
+
+#
+# Training
+#
+
+
+class Checkpoint(eqx.Module):
+    """As each batch is a pure function of the seed and the step, `step` is the position
+    of the random number generator, too.
+    """
+
+    model: eqx.Module
+    opt_state: optax.OptState
+    memory: PyTree[Array]
+    step: int
+    # What every training step was like.
+    losses: np.ndarray
+    seconds: np.ndarray
+    iterations: np.ndarray
+    compile_seconds: np.ndarray
+
+
+def train(name: str, task: Task, solver: Any, path: Path) -> Checkpoint:
+    """Continues from the checkpoint, if there is one."""
+    preset = task.preset
+    schedule = optax.cosine_decay_schedule(
+        preset.learning_rate, preset.steps, alpha=0.05
+    )
+    # Gradients may become large for a while.
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+    def train_step(model, opt_state, memory, batch):
+        def loss_fn(model):
+            return task.loss(model, batch, solver, memory)
+
+        (loss, extras), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model)
+        updates, opt_state = optimiser.update(grads, opt_state)
+        iterations = extras.iterations
+        mean = jnp.nan if iterations is None else jnp.mean(iterations)
+        learner = eqx.apply_updates(model, updates), opt_state, extras.memory
+        return learner, loss, mean
+
+    opt_state = optimiser.init(eqx.filter(task.model, eqx.is_array))
+    log = [np.zeros(preset.steps) for _ in range(3)]
+    state = Checkpoint(
+        *(task.model, opt_state, task.memory(solver), 0, *log, np.zeros(()))
+    )
+    if path.exists():
+        state = eqx.tree_deserialise_leaves(path, state)
+    if state.step == preset.steps:
+        return state
+
+    learner = (state.model, state.opt_state, state.memory)
+    log = (state.losses, state.seconds, state.iterations, state.compile_seconds)
+    checkpoint_every = min(100, math.ceil(preset.steps / 10))
+    start = time.perf_counter()
+    # All batches are alike, so this happens only once.
+    lowered = eqx.filter_jit(train_step).lower(*learner, task.batch(state.step))
+    compiled: Any = lowered.compile()
+    state.compile_seconds[()] += time.perf_counter() - start
+
+    # Nothing is shown where there is no terminal.
+    bar = tqdm(
+        *(range(state.step, preset.steps), name),
+        initial=state.step,
+        total=preset.steps,
+        disable=None,
+    )
+    for step in bar:
+        batch = task.batch(step)
+        start = time.perf_counter()
+        learner, loss, iterations = jax.block_until_ready(compiled(*learner, batch))
+        state.seconds[step] = time.perf_counter() - start
+        state.losses[step], state.iterations[step] = loss, iterations
+        bar.set_postfix_str(f"loss {loss:.2e}", refresh=False)
+        done = step + 1
+        if done % checkpoint_every == 0 or done == preset.steps:
+            state = Checkpoint(*learner, done, *log)
+            save_leaves(path, state)
+    return state
+
+
+#
+# A whole run
+#
+
+
+def positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def argument_parser(
+    description: str | None,
+    presets: Mapping[str, Preset],
+    solvers: Mapping[str, Any],
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--preset", choices=presets, default="quick", help="sizes (default: quick)")
+    option(
+        "--solver",
+        choices=["all", *(name.lower() for name in solvers)],
+        default="all",
+        help="train with this one only (default: with one after the other)",
+    )
+    option("--steps", type=positive_int, help="of training (default: by preset)")
+    option("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    option(
+        "--output",
+        type=Path,
+        default=Path("output", Path(parser.prog).stem),
+        help="folder for checkpoints, models, plots and summary (default: %(default)s)",
+    )
+    option(
+        "--resume",
+        action="store_true",
+        help="continue the run in the output folder from its last checkpoints. It must "
+        "have the same preset, seed and number of steps. (Without this option its "
+        "checkpoints are deleted, and training begins anew.)",
+    )
+    return parser
+
+
+def run(
+    make_task: Callable[[Any, PRNGKeyArray], Task],
+    preset: Any,
+    solvers: Mapping[str, Any],
+    args: argparse.Namespace,
+    **settings: Any,
+) -> None:
+    """Trains with one solver after the other, and says and shows what came out."""
+    # Data may be solved for to a tolerance beyond single precision.
+    jax.config.update("jax_enable_x64", True)
+    if args.steps is not None:
+        preset = dataclasses.replace(preset, steps=args.steps)
+    settings |= dict(preset=args.preset, seed=args.seed, **dataclasses.asdict(preset))
+    output: Path = args.output
+    start_run(output, settings, args.resume)
+
+    task = make_task(preset, jr.key(args.seed))
+    evaluate = eqx.filter_jit(task.evaluate)
+
+    def metrics(model, prefix=""):
+        return {f"{prefix}{key}": float(x) for key, x in evaluate(model).items()}
+
+    states, results = {}, {}
+    for name, solver in solvers.items():
+        if args.solver not in ("all", name.lower()):
+            continue
+        path = output / f"checkpoint_{name.lower()}.eqx"
+        state = states[name] = train(name, task, solver, path)
+        save_leaves(output / f"model_{name.lower()}.eqx", state.model)
+        results[name] = dict(
+            **metrics(task.model, "untrained_"),
+            **metrics(state.model),
+            compile_seconds=float(state.compile_seconds),
+            training_seconds=float(np.sum(state.seconds)),
+            median_step_seconds=float(np.median(state.seconds)),
+        )
+        if np.any(state.iterations > 0):
+            results[name]["mean_iterations"] = float(np.mean(state.iterations))
+    print_table(results)
+    packages = ("diffrax", "diffrax-deer", "equinox", "jax", "jaxlib", "optax")
+    summary = dict(
+        settings=settings,
+        solvers={
+            name: dict(**result, training_loss=states[name].losses.tolist())
+            for name, result in results.items()
+        },
+        max_relative_loss_difference=max(
+            (float(np.max(x)) for x in loss_differences(states).values()), default=None
+        ),
+        device=f"{jax.default_backend()} ({jax.devices()[0].device_kind})",
+        versions={name: importlib.metadata.version(name) for name in packages},
+    )
+    write_json(output / "summary.json", summary)
+    plot_losses(output / "loss.png", states)
+    task.plot(next(iter(states.values())).model, output)
+    print(f"\nPlots: {', '.join(map(str, sorted(output.glob('*.png'))))}")
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    """In Markdown."""
+    print("\n|", *(f"| {name}" for name in results), "|")
+    print("| ---" * (len(results) + 1), "|")
+    for key in dict.fromkeys(key for result in results.values() for key in result):
+        values = (
+            f"| {result[key]:.3g}" if key in result else "|"
+            for result in results.values()
+        )
+        print("|", key.replace("_", " "), *values, "|")
+
+
+def loss_differences(states: dict[str, Checkpoint]) -> dict[str, np.ndarray]:
+    """Relative to the first solver."""
+    (_, first), *others = states.items()
+    return {
+        name: np.abs(state.losses - first.losses) / np.abs(first.losses)
+        for name, state in others
+    }
+
+
+_STYLE: Any = {
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 100,
+}
+
+
+@contextlib.contextmanager
+def axes_of(
+    path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1
+) -> Iterator[list[Axes]]:
+    """Row after row. The legend of all that is labelled is below them."""
+    # Neither needs nor opens a display, unlike `pyplot`.
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size)
+        axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+        yield axes
+        labelled: dict[str, Any] = {}
+        for each in axes:
+            for handle, label in zip(*each.get_legend_handles_labels()):
+                labelled.setdefault(label, handle)
+        if len(labelled) > 0:
+            figure.legend(
+                labelled.values(), labelled.keys(), loc="outside lower center", ncols=4
+            )
+        atomic_write(path, lambda file: figure.savefig(file, format="png"))
+
+
+def plot_losses(path: Path, states: dict[str, Checkpoint]) -> None:
+    with axes_of(path, (11, 4.4), columns=2) as (time_axes, difference_axes):
+        for i, (name, state) in enumerate(states.items()):
+            seconds, style = np.cumsum(state.seconds), dict(color=f"C{i}")
+            time_axes.plot(seconds, state.losses, alpha=0.25, lw=0.8, **style)
+            # Of a twentieth of the run at a time.
+            width = max(1, len(seconds) // 20)
+            mean = np.convolve(state.losses, np.ones(width) / width, mode="valid")
+            time_axes.plot(seconds[width - 1 :], mean, label=name, **style)
+        for i, difference in enumerate(loss_differences(states).values(), 1):
+            # The logarithmic scale has no place for zero.
+            difference_axes.semilogy(
+                np.maximum(difference, 1e-17), ".", ms=3, color=f"C{i}"
+            )
+        time_axes.set(
+            title="Loss of batches, and its moving average",
+            xlabel="time of all training steps so far, without compilation (s)",
+            ylabel="loss",
+        )
+        difference_axes.set(
+            title=f"Difference from the losses with {next(iter(states))}",
+            xlabel="training step",
+            ylabel="relative difference",
+        )
+        if all(np.all(state.losses > 0) for state in states.values()):
+            time_axes.set_yscale("log")
