@@ -11,19 +11,16 @@ adjoint and with DeerAdjoint, and jointly, with DEER. So the losses are the same
 An interrupted run can be continued with --resume.
 """
 
-import dataclasses
-
 import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from _task import argument_parser, axes_of, batch_of, Extras, Preset, run, Task, ways
+from _common import axes_of, batch_of, cli, Extras, Options, Preset, run, Task, ways
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowPreset(Preset):
     solver_steps: int
     width: int
@@ -31,12 +28,12 @@ class FlowPreset(Preset):
 
 PRESETS = {
     "quick": FlowPreset(
-        **dict(num_train=4096, num_test=1024, batch_size=128, steps=300),
-        **dict(solver_steps=16, width=32),
+        **Options(num_train=4096, num_test=1024, batch_size=128, steps=300),
+        **Options(solver_steps=16, width=32, learning_rate=1e-2),
     ),
     "smoke": FlowPreset(
-        **dict(num_train=64, num_test=32, batch_size=32, steps=20),
-        **dict(solver_steps=8, width=4),
+        **Options(num_train=64, num_test=32, batch_size=32, steps=20),
+        **Options(solver_steps=8, width=4),
     ),
 }
 SOLVERS = ways(dfx.Tsit5())
@@ -71,7 +68,7 @@ class Flow(eqx.Module):
             adjoint=way.adjoint,
             max_steps=self.steps,
         )
-        z, change = (leaf[-1] for leaf in sol.ys)
+        z, change = (leaf[-1] for leaf in sol.ys)  # pyright: ignore
         log_normal = -jnp.sum(z**2) / 2 - jnp.log(2 * jnp.pi)
         return log_normal + change, sol.stats.get("num_iterations")
 
@@ -145,5 +142,5 @@ class Density(Task):
 
 
 if __name__ == "__main__":
-    args = argument_parser(__doc__, PRESETS, SOLVERS).parse_args()
+    args = cli(__doc__, PRESETS, SOLVERS).parse_args()
     run(Density, PRESETS[args.preset], SOLVERS, args)

@@ -11,8 +11,6 @@ adjoint and with DeerAdjoint, and jointly, with DEER. So the losses are the same
 An interrupted run can be continued with --resume.
 """
 
-import dataclasses
-
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -20,11 +18,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from _task import argument_parser, axes_of, batch_of, Extras, Preset, run, Task, ways
+from _common import axes_of, batch_of, cli, Extras, Options, Preset, run, Task, ways
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class CDEPreset(Preset):
     observations: int
     hidden: int
@@ -33,12 +30,12 @@ class CDEPreset(Preset):
 
 PRESETS = {
     "quick": CDEPreset(
-        **dict(num_train=512, num_test=256, batch_size=32, steps=200),
-        **dict(observations=100, hidden=6, width=24),
+        **Options(num_train=512, num_test=256, batch_size=32, steps=200),
+        **Options(observations=100, hidden=6, width=24, learning_rate=1e-2),
     ),
     "smoke": CDEPreset(
-        **dict(num_train=16, num_test=8, batch_size=8, steps=20),
-        **dict(observations=10, hidden=3, width=4),
+        **Options(num_train=16, num_test=8, batch_size=8, steps=20),
+        **Options(observations=10, hidden=3, width=4),
     ),
 }
 SOLVERS = ways(dfx.Heun())
@@ -86,7 +83,8 @@ class NeuralCDE(eqx.Module):
             adjoint=way.adjoint,
             max_steps=len(ts) - 1,
         )
-        return jax.vmap(self.readout)(sol.ys), sol.stats.get("num_iterations")
+        logits = jax.vmap(self.readout)(sol.ys)  # pyright: ignore
+        return logits, sol.stats.get("num_iterations")
 
 
 class Classification(Task):
@@ -136,7 +134,7 @@ class Classification(Task):
                     title=f"What is seen of one that turns {side}\n(dark: at first)"
                 )
                 for i, label in zip(members, [f"turns {side}", *[None] * 99]):
-                    style = dict(color=f"C{left}", lw=1, alpha=0.7, label=label)
+                    style = Options(color=f"C{left}", lw=1, alpha=0.7, label=label)
                     axes[2].plot(some.ts[i], jax.nn.sigmoid(logits[i]), **style)
             axes[2].set(
                 title="What the network makes of it so far\n(24 held-out spirals)"
@@ -145,5 +143,5 @@ class Classification(Task):
 
 
 if __name__ == "__main__":
-    args = argument_parser(__doc__, PRESETS, SOLVERS).parse_args()
+    args = cli(__doc__, PRESETS, SOLVERS).parse_args()
     run(Classification, PRESETS[args.preset], SOLVERS, args)

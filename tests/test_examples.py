@@ -62,29 +62,47 @@ def _check_resume(name, whole, killed, solver, *args):
     assert (killed / model).read_bytes() == (whole / model).read_bytes()
 
 
+def _check_training(name, output, plot, num_solvers):
+    out = _run(name, output)
+    # No progress, where there is no terminal.
+    assert str(output) in out.stdout and out.stderr == ""
+    _check_plots(output, "loss.png", plot)
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["max_relative_loss_difference"] < 1e-8
+    assert len(summary["solvers"]) == num_solvers
+    return summary["solvers"]["deer_scan" if num_solvers == 2 else "DEER"]
+
+
 def test_hamiltonian_nn(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    out = _run("hamiltonian_nn", whole)
-    assert str(whole) in out.stdout
-    _check_plots(whole, "loss.png", "trajectory.png", "energy.png")
-    summary = json.loads((whole / "summary.json").read_text())
-    assert summary["max_relative_loss_difference"] < 1e-8
-    deer, tsit5 = summary["solvers"]["DEER"], summary["solvers"]["Tsit5"]
-    for solver in (deer, tsit5):
-        assert solver["validation_loss"] < solver["untrained_validation_loss"]
+    deer = _check_training("hamiltonian_nn", whole, "trajectory.png", 3)
+    assert deer["test_loss"] < deer["untrained_test_loss"]
     _check_resume("hamiltonian_nn", whole, killed, "deer")
 
 
 def test_gru_long_sequence(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    out = _run("gru_long_sequence", whole)
-    assert str(whole) in out.stdout
-    _check_plots(whole, "loss.png", "sequences.png")
-    summary = json.loads((whole / "summary.json").read_text())
-    assert summary["max_relative_loss_difference"] < 1e-8
-    for solver in summary["solvers"].values():
-        assert solver["training_loss"][-1] < solver["training_loss"][0]
+    deer = _check_training("gru_long_sequence", whole, "sequences.png", 2)
+    assert deer["training_loss"][-1] < deer["training_loss"][0]
     _check_resume("gru_long_sequence", whole, killed, "deer_scan")
+
+
+def test_neural_cde(tmp_path):
+    deer = _check_training("neural_cde", tmp_path, "spirals.png", 3)
+    assert deer["test_loss"] < deer["untrained_test_loss"]
+
+
+def test_neural_sde(tmp_path):
+    deer = _check_training("neural_sde", tmp_path, "sde.png", 3)
+    error = "error_of_diffusion"
+    assert deer[error] < deer[f"untrained_{error}"]
+
+
+def test_cnf(tmp_path):
+    deer = _check_training("cnf", tmp_path, "density.png", 3)
+    assert deer["test_loss"] < deer["untrained_test_loss"]
+    # Which it is only if the logarithm of the density changes as it should.
+    assert abs(deer["integral_of_density"] - 1) < 1e-3
 
 
 def test_gru_long_sequence_data(tmp_path):
@@ -96,7 +114,7 @@ def test_gru_long_sequence_data(tmp_path):
     _run("gru_long_sequence", output, "--solver", "lax.scan", *args)
     _check_plots(output, "loss.png", "sequences.png")
     settings = json.loads((output / "settings.json").read_text())
-    assert (settings["length"], settings["num_train"]) == (30, 15)
+    assert (settings["length"], settings["num_train"]) == (30, 18)
 
     # Another file is no reason to go on.
     np.savez(data, x=x + 1, y=rng.integers(5, 8, size=21))
@@ -106,7 +124,7 @@ def test_gru_long_sequence_data(tmp_path):
 @pytest.fixture
 def read_data(monkeypatch):
     monkeypatch.syspath_prepend(examples)
-    return importlib.import_module("gru_long_sequence").read_data
+    return importlib.import_module("_sequences").read_data
 
 
 _good_x, _good_y = np.zeros((10, 4, 1)), np.arange(10) % 2
