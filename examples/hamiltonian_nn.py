@@ -132,7 +132,7 @@ class Imitation(Task):
         ts, learnt = sol.ts[0], sol.ys[0]  # pyright: ignore
         with axes_of(folder / "trajectory.png", (11, 5), columns=2) as (orbits, energy):
             for name, ys in dict(truth=truth, learnt=learnt).items():
-                style = Options(lw=1.5 if name == "learnt" else 5, alpha=0.5)
+                style = Options(lw=5, alpha=0.35) if name == "truth" else Options()
                 for body in (0, 1):
                     style |= Options(color=f"C{body}", label=f"body {body + 1}, {name}")
                     orbits.plot(*ys[:, 2 * body : 2 * body + 2].T, **style)
