@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: example example-gru test lint format benchmark site docs dist clean
+.PHONY: example example-cde example-cnf example-gru example-sde test lint format benchmark site docs dist clean
 
 # Installed anew whenever the dependencies change.
 $(VENV)/installed: pyproject.toml
@@ -15,6 +15,15 @@ $(VENV)/installed: pyproject.toml
 
 example: $(VENV)/installed
 	$(BIN)/python examples/hamiltonian_nn.py
+
+example-cde: $(VENV)/installed
+	$(BIN)/python examples/neural_cde.py
+
+example-cnf: $(VENV)/installed
+	$(BIN)/python examples/cnf.py
+
+example-sde: $(VENV)/installed
+	$(BIN)/python examples/neural_sde.py
 
 example-gru: $(VENV)/installed
 	$(BIN)/python examples/gru_long_sequence.py

@@ -1,15 +1,19 @@
-"""What the examples share: training, checkpoints, command line, results and plots."""
+"""What the examples share: command line, training, checkpoints, results and plots."""
 
+import abc
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Literal, NamedTuple
 
+import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,28 +21,93 @@ import jax.random as jr
 import matplotlib
 import numpy as np
 import optax
+from diffrax_deer import DeerAdjoint, DeerSolver
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 
-_Batch = TypeVar("_Batch", bound="TrainingBatch")
-_Model = TypeVar("_Model", bound=eqx.Module)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingPreset:
+class Preset(eqx.Module):
+    _: dataclasses.KW_ONLY
     num_train: int
-    num_val: int
     num_test: int
     batch_size: int
     steps: int
-    learning_rate: float
-    checkpoint_every: int
+    learning_rate: float = 2e-2
     # In double precision, rounding errors stay small enough throughout training that
-    # the losses with both solvers agree. In single precision they grow apart.
-    dtype: Literal["float32", "float64"]
+    # the losses with all solvers agree. In single precision they grow apart.
+    dtype: Literal["float32", "float64"] = "float64"
+
+
+# Keyword arguments of any types.
+Options = dict[str, Any]
+
+
+class Extras(NamedTuple):
+    """What there is besides the loss."""
+
+    # Of the solver, for each member of the batch.
+    iterations: Int[Array, " batch"] | None = None
+    # What the next training step is handed.
+    memory: PyTree[Array] = None
+
+
+class Task(eqx.Module):
+    """What is learnt, and from what. All solvers start from the same."""
+
+    preset: eqx.AbstractVar[Preset]
+    # Untrained.
+    model: eqx.AbstractVar[eqx.Module]
+
+    @abc.abstractmethod
+    def batch(self, step: int) -> PyTree[Array]:
+        """A pure function, so that training can be continued from any step."""
+
+    @abc.abstractmethod
+    def loss(self, model, batch, solver, memory) -> tuple[Float[Array, ""], Extras]:
+        """With any of the solvers."""
+
+    @abc.abstractmethod
+    def evaluate(self, model) -> dict[str, Float[Array, ""]]:
+        """How good a model is, on data that it has not been trained on."""
+
+    @abc.abstractmethod
+    def plot(self, model, folder: Path) -> None:
+        """What has been learnt."""
+
+    def memory(self, solver) -> PyTree[Array]:
+        """What the first training step is handed."""
+        del solver
+        return None
+
+
+class Way(NamedTuple):
+    """A way to solve a differential equation."""
+
+    solver: dfx.AbstractSolver
+    adjoint: dfx.AbstractAdjoint
+
+
+def ways(solver: dfx.AbstractSolver) -> dict[str, Way]:
+    """To make the same steps: sequentially, with either adjoint, and jointly."""
+    name = type(solver).__name__
+    return {
+        name: Way(solver, dfx.RecursiveCheckpointAdjoint()),
+        f"{name}+DeerAdjoint": Way(solver, DeerAdjoint()),
+        "DEER": Way(DeerSolver(solver, substeps=1), DeerAdjoint()),
+    }
+
+
+def batch_of(
+    examples: PyTree[Array], key: PRNGKeyArray, step: int, preset: Preset
+) -> PyTree[Array]:
+    """The training examples of a step. Every epoch visits each of them once."""
+    size = preset.batch_size
+    epoch, position = divmod(step, preset.num_train // size)
+    permutation = jr.permutation(jr.fold_in(key, epoch), preset.num_train)
+    indices = permutation[position * size : (position + 1) * size]
+    return jax.tree.map(lambda x: x[indices], examples)
 
 
 #
@@ -63,166 +132,6 @@ def save_leaves(path: Path, tree: PyTree) -> None:
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2) + "\n"
     atomic_write(path, lambda file: file.write(text.encode()))
-
-
-#
-# Training
-#
-
-
-class TrainingBatch(eqx.Module):
-    indices: Int[Array, " batch"]
-
-
-class Extras(NamedTuple):
-    """What comes out of the solver besides the solution. Each has a leading axis for
-    the members of the batch.
-    """
-
-    iterations: Int[Array, " batch"] | None = None
-    # What it may start from the next time.
-    guess: Array | None = None
-
-
-class Learner(eqx.Module, Generic[_Model]):
-    """What a training step changes."""
-
-    model: _Model
-    opt_state: optax.OptState
-
-
-class History(eqx.Module):
-    """What every training step was like."""
-
-    loss: np.ndarray
-    seconds: np.ndarray
-    # For each member of the batch. Only with DEER.
-    iterations: np.ndarray
-    compile_seconds: np.ndarray
-
-
-class Checkpoint(eqx.Module, Generic[_Model]):
-    """As each batch is a pure function of the seed and the step, `step` is the position
-    of the random number generator, too.
-    """
-
-    learner: Learner[_Model]
-    step: int
-    history: History
-    guesses: np.ndarray | None
-
-
-def _initial_checkpoint(
-    model: _Model,
-    optimiser: optax.GradientTransformation,
-    preset: TrainingPreset,
-    guesses: np.ndarray | None,
-) -> Checkpoint[_Model]:
-    opt_state = optimiser.init(eqx.filter(model, eqx.is_array))
-    history = History(
-        loss=np.zeros(preset.steps),
-        seconds=np.zeros(preset.steps),
-        iterations=np.zeros((preset.steps, preset.batch_size), int),
-        compile_seconds=np.zeros(()),
-    )
-    return Checkpoint(Learner(model, opt_state), 0, history, guesses)
-
-
-def _make_train_step(loss_fn, optimiser):
-    def train_step(learner, batch, guess):
-        (loss, extras), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(
-            learner.model, batch, guess
-        )
-        updates, opt_state = optimiser.update(grads, learner.opt_state)
-        model = eqx.apply_updates(learner.model, updates)
-        return Learner(model, opt_state), loss, extras
-
-    return train_step
-
-
-def train(
-    name: str,
-    loss_fn: Callable[[_Model, _Batch, Array | None], tuple[Float[Array, ""], Extras]],
-    optimiser: optax.GradientTransformation,
-    model: _Model,
-    make_batch: Callable[[int], _Batch],
-    preset: TrainingPreset,
-    path: Path,
-    guesses: np.ndarray | None = None,
-    describe: Callable[[_Batch], str] | None = None,
-) -> tuple[_Model, History]:
-    """**Arguments:**
-
-    - `name`: stands before the progress bar.
-    - `loss_fn`: of the model, a batch, and its part of `guesses`.
-    - `model`: the untrained model.
-    - `make_batch`: a pure function of the number of the training step.
-    - `path`: the checkpoint. If it exists then training is continued from there.
-    - `guesses`: for each training example, what the solver starts from the first time.
-        Every time an example is visited, what the solver returns takes its place.
-    - `describe`: what to show of a batch in the progress bar.
-    """
-    checkpoint = _initial_checkpoint(model, optimiser, preset, guesses)
-    if path.exists():
-        checkpoint = eqx.tree_deserialise_leaves(path, checkpoint)
-    learner, history = checkpoint.learner, checkpoint.history
-    guesses = checkpoint.guesses
-    if checkpoint.step == preset.steps:
-        return learner.model, history
-
-    def guess_for(batch):
-        return None if guesses is None else jnp.asarray(guesses[batch.indices])
-
-    batch = make_batch(checkpoint.step)
-    guess = guess_for(batch)
-    start = time.perf_counter()
-    train_step = eqx.filter_jit(_make_train_step(loss_fn, optimiser))
-    # All batches are alike, so this happens only once.
-    train_step = train_step.lower(learner, batch, guess).compile()  # pyright: ignore
-    history.compile_seconds[()] += time.perf_counter() - start
-
-    bar = tqdm(desc=name, initial=checkpoint.step, total=preset.steps, unit="step")
-    for step in range(checkpoint.step, preset.steps):
-        batch = make_batch(step)
-        start = time.perf_counter()
-        learner, *outputs = train_step(learner, batch, guess_for(batch))
-        loss, (iterations, next_guess) = jax.device_get(outputs)
-        if guesses is not None:
-            guesses[batch.indices] = next_guess
-        history.seconds[step] = time.perf_counter() - start
-        history.loss[step] = loss
-        if iterations is not None:
-            history.iterations[step] = iterations
-
-        done = step + 1
-        if done % preset.checkpoint_every == 0 or done == preset.steps:
-            save_leaves(path, Checkpoint(learner, done, history, guesses))
-        text = f"loss {loss:.2e}"
-        if describe is not None:
-            text += f", {describe(batch)}"
-        if iterations is not None:
-            text += f", {np.mean(iterations):.1f} iterations"
-        bar.set_postfix_str(text, refresh=False)
-        bar.update()
-    bar.close()
-    return learner.model, history
-
-
-def batch_indices(
-    key: PRNGKeyArray, step: int, dataset_size: int, batch_size: int
-) -> Int[Array, " batch_size"]:
-    """The indices of the training examples of one step. Every epoch visits each once.
-
-    As this is a pure function, a training run can be continued from any step.
-    """
-    epoch, position = divmod(step, dataset_size // batch_size)
-    permutation = jr.permutation(jr.fold_in(key, epoch), dataset_size)
-    return permutation[position * batch_size : (position + 1) * batch_size]
-
-
-#
-# Command line
-#
 
 
 def start_run(output: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -254,6 +163,94 @@ def start_run(output: Path, settings: dict[str, Any], resume: bool) -> None:
         )
 
 
+#
+# Training
+#
+
+
+class History(eqx.Module):
+    """What every training step was like."""
+
+    losses: np.ndarray
+    seconds: np.ndarray
+    # In the mean over the batch. Only with DEER.
+    iterations: np.ndarray
+    compile_seconds: np.ndarray
+
+
+class Checkpoint(eqx.Module):
+    """As each batch is a pure function of the seed and the step, `step` is the position
+    of the random number generator, too.
+    """
+
+    model: eqx.Module
+    opt_state: optax.OptState
+    memory: PyTree[Array]
+    step: int
+    history: History
+
+
+def train(name: str, task: Task, solver: Any, path: Path) -> tuple[Any, History]:
+    """Continues from the checkpoint, if there is one."""
+    preset = task.preset
+    schedule = optax.cosine_decay_schedule(
+        preset.learning_rate, preset.steps, alpha=0.05
+    )
+    # Gradients may become large for a while.
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+    def train_step(model, opt_state, memory, batch):
+        def loss_fn(model):
+            return task.loss(model, batch, solver, memory)
+
+        (loss, extras), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model)
+        updates, opt_state = optimiser.update(grads, opt_state)
+        iterations = extras.iterations
+        mean = jnp.nan if iterations is None else jnp.mean(iterations)
+        learner = eqx.apply_updates(model, updates), opt_state, extras.memory
+        return learner, loss, mean
+
+    opt_state = optimiser.init(eqx.filter(task.model, eqx.is_array))
+    log = np.zeros(preset.steps)
+    history = History(log, log.copy(), log.copy(), np.zeros(()))
+    state = Checkpoint(task.model, opt_state, task.memory(solver), 0, history)
+    if path.exists():
+        state = eqx.tree_deserialise_leaves(path, state)
+    learner = state.model, state.opt_state, state.memory
+    first, history = state.step, state.history
+    if first == preset.steps:
+        return state.model, history
+
+    checkpoint_every = min(100, math.ceil(preset.steps / 10))
+    start = time.perf_counter()
+    # All batches are alike, so this happens only once.
+    jitted: Any = eqx.filter_jit(train_step)
+    compiled = jitted.lower(*learner, task.batch(first)).compile()
+    history.compile_seconds[()] += time.perf_counter() - start
+
+    # Nothing is shown where there is no terminal.
+    bar = tqdm(desc=name, initial=first, total=preset.steps, disable=None)
+    for step in range(first, preset.steps):
+        batch = task.batch(step)
+        start = time.perf_counter()
+        learner, loss, iterations = jax.block_until_ready(compiled(*learner, batch))
+        history.seconds[step] = time.perf_counter() - start
+        history.losses[step], history.iterations[step] = loss, iterations
+        bar.set_postfix_str(f"loss {loss:.2e}", refresh=False)
+        bar.update()
+        done = step + 1
+        if done % checkpoint_every == 0 or done == preset.steps:
+            model, opt_state, memory = learner
+            save_leaves(path, Checkpoint(model, opt_state, memory, done, history))
+    bar.close()
+    return learner[0], history
+
+
+#
+# A whole run
+#
+
+
 def positive_int(text: str) -> int:
     try:
         value = int(text)
@@ -264,53 +261,31 @@ def positive_int(text: str) -> int:
     return value
 
 
-def argument_parser(
-    description: str, presets: dict[str, str], solvers: Sequence[str], output: str
+def cli(
+    description: str | None,
+    presets: Mapping[str, Preset],
+    solvers: Mapping[str, Any],
 ) -> argparse.ArgumentParser:
-    """**Arguments:**
-
-    - `presets`: what each preset is for. The first one is the default.
-    - `solvers`: the names of what is trained one after the other.
-    - `output`: the default output folder.
-    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--preset",
-        choices=presets,
-        default=next(iter(presets)),
-        help="sizes of the experiment: "
-        + "; ".join(f"'{name}' {text}" for name, text in presets.items())
-        + " (default: %(default)s)",
-    )
-    parser.add_argument(
+    option = parser.add_argument
+    option("--preset", choices=presets, default="quick", help="sizes (default: quick)")
+    option(
         "--solver",
-        choices=["both", *solvers],
-        default="both",
-        help="train with this solver only (default: with one after the other)",
+        choices=["all", *(name.lower() for name in solvers)],
+        default="all",
+        help="train with this one only (default: with one after the other)",
     )
-    parser.add_argument(
-        "--steps",
-        type=positive_int,
-        metavar="N",
-        help="number of training steps with each solver (default: by preset)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of the data, the initial parameters and the batches (default: 0)",
-    )
-    parser.add_argument(
+    option("--steps", type=positive_int, help="of training (default: by preset)")
+    option("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    option(
         "--output",
         type=Path,
-        default=Path(output),
-        metavar="DIR",
+        default=Path("output", Path(parser.prog).stem),
         help="folder for checkpoints, models, plots and summary (default: %(default)s)",
     )
-    parser.add_argument(
+    option(
         "--resume",
         action="store_true",
         help="continue the run in the output folder from its last checkpoints. It must "
@@ -320,75 +295,85 @@ def argument_parser(
     return parser
 
 
-#
-# Results
-#
+def run(
+    make_task: Callable[[Any, PRNGKeyArray], Task],
+    preset: Any,
+    solvers: Mapping[str, Any],
+    args: argparse.Namespace,
+    **settings: Any,
+) -> None:
+    """Trains with one solver after the other, and says and shows what came out."""
+    # Data may be solved for to a tolerance beyond single precision.
+    jax.config.update("jax_enable_x64", True)
+    if args.steps is not None:
+        preset = dataclasses.replace(preset, steps=args.steps)
+    settings |= dict(preset=args.preset, seed=args.seed, **dataclasses.asdict(preset))
+    output: Path = args.output
+    start_run(output, settings, args.resume)
 
+    task = make_task(preset, jr.key(args.seed))
+    evaluate = eqx.filter_jit(task.evaluate)
 
-class Result(NamedTuple):
-    model: Any
-    history: History
-    # Of the model, before and after training.
-    metrics: dict[str, float]
+    def metrics(model, prefix=""):
+        return {f"{prefix}{key}": float(x) for key, x in evaluate(model).items()}
 
-
-def loss_difference(results: dict[str, Result]) -> np.ndarray:
-    """The relative difference of the losses in every step."""
-    deer, sequential = (result.history.loss for result in results.values())
-    return np.abs(deer - sequential) / sequential
-
-
-def summarise(
-    results: dict[str, Result], settings: dict[str, Any], packages: Sequence[str] = ()
-) -> dict[str, Any]:
-    solvers: dict[str, dict[str, Any]] = {}
-    for name, (_, history, metrics) in results.items():
-        solvers[name] = dict(
-            **metrics,
-            training_loss=history.loss.tolist(),
+    models, histories, results = {}, {}, {}
+    for name, solver in solvers.items():
+        slug = name.lower()
+        if args.solver not in ("all", slug):
+            continue
+        path = output / f"checkpoint_{slug}.eqx"
+        model, history = models[name], histories[name] = train(name, task, solver, path)
+        save_leaves(output / f"model_{slug}.eqx", model)
+        results[name] = dict(
+            **metrics(task.model, "untrained_"),
+            **metrics(model),
             compile_seconds=float(history.compile_seconds),
             training_seconds=float(np.sum(history.seconds)),
             median_step_seconds=float(np.median(history.seconds)),
+            # What other work on the machine disturbs least.
+            fastest_step_seconds=float(np.min(history.seconds)),
         )
         if np.any(history.iterations > 0):
-            solvers[name]["mean_iterations"] = float(np.mean(history.iterations))
-    packages = ["diffrax-deer", "equinox", "jax", "jaxlib", "optax", *packages]
-    return dict(
+            results[name]["mean_iterations"] = float(np.mean(history.iterations))
+    print_table(results)
+    packages = ("diffrax", "diffrax-deer", "equinox", "jax", "jaxlib", "optax")
+    differences = loss_differences(histories).values()
+    summary = dict(
         settings=settings,
-        solvers=solvers,
-        max_relative_loss_difference=float(np.max(loss_difference(results)))
-        if len(results) == 2
-        else None,
-        device=device_description(),
-        versions={name: importlib.metadata.version(name) for name in sorted(packages)},
+        solvers={
+            name: dict(**result, training_loss=histories[name].losses.tolist())
+            for name, result in results.items()
+        },
+        max_relative_loss_difference=max(map(np.max, differences), default=None),
+        device=f"{jax.default_backend()} ({jax.devices()[0].device_kind})",
+        versions={name: importlib.metadata.version(name) for name in packages},
     )
+    write_json(output / "summary.json", summary)
+    plot_losses(output / "loss.png", histories)
+    task.plot(next(iter(models.values())), output)
+    print(f"\nPlots: {', '.join(map(str, sorted(output.glob('*.png'))))}")
 
 
-def print_summary(summary: dict[str, Any], metrics: dict[str, tuple[str, str]]) -> None:
-    """**Arguments:**
-
-    - `summary`: from `summarise`.
-    - `metrics`: for each row, which of the metrics it shows, and in what format.
-    """
-    rows = {
-        "compilation": ("compile_seconds", "{:.1f} s"),
-        "training, without compilation": ("training_seconds", "{:.1f} s"),
-        "median training step": ("median_step_seconds", "{:.2g} s"),
-        **metrics,
-    }
-    solvers = summary["solvers"]
-    print(f"\n{summary['device']:30}" + "".join(f"{name:>12}" for name in solvers))
-    for label, (key, form) in rows.items():
-        values = (form.format(solver[key]) for solver in solvers.values())
-        print(f"{label:30}" + "".join(f"{value:>12}" for value in values))
-    for solver in solvers.values():
-        if "mean_iterations" in solver:
-            print(f"{'iterations':30}{solver['mean_iterations']:>12.2f}")
-    difference = summary["max_relative_loss_difference"]
-    if difference is not None:
-        print(
-            f"\nThe two loss curves agree to a relative difference of {difference:.1e}."
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    """In Markdown."""
+    print("\n|", *(f"| {name}" for name in results), "|")
+    print("| ---" * (len(results) + 1), "|")
+    for key in dict.fromkeys(key for result in results.values() for key in result):
+        values = (
+            f"| {result[key]:.3g}" if key in result else "|"
+            for result in results.values()
         )
+        print("|", key.replace("_", " "), *values, "|")
+
+
+def loss_differences(histories: dict[str, History]) -> dict[str, np.ndarray]:
+    """Relative to the first solver."""
+    (_, first), *others = histories.items()
+    return {
+        name: np.abs(history.losses - first.losses) / np.abs(first.losses)
+        for name, history in others
+    }
 
 
 _STYLE: Any = {
@@ -400,70 +385,53 @@ _STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
-    "savefig.dpi": 150,
+    "savefig.dpi": 100,
 }
 
 
-def save_plot(
-    path: Path,
-    draw: Callable[..., None],
-    size: tuple[float, float],
-    columns: int = 1,
-    rows: int = 1,
-) -> None:
-    """`draw` is called with one set of axes for each column, row after row."""
+@contextlib.contextmanager
+def axes_of(
+    path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1
+) -> Iterator[list[Axes]]:
+    """Row after row. The legend of all that is labelled is below them."""
     # Neither needs nor opens a display, unlike `pyplot`.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size)
         axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-        draw(*axes)
+        yield axes
+        labelled: dict[str, Any] = {}
+        for each in axes:
+            for handle, label in zip(*each.get_legend_handles_labels()):
+                labelled.setdefault(label, handle)
+        if len(labelled) > 0:
+            figure.legend(
+                labelled.values(), labelled.keys(), loc="outside lower center", ncols=4
+            )
         atomic_write(path, lambda file: figure.savefig(file, format="png"))
 
 
-def plot_loss(
-    path: Path,
-    preset: TrainingPreset,
-    results: dict[str, Result],
-    colours: dict[str, str],
-    title: str,
-    ylabel: str,
-) -> None:
-    epoch = preset.num_train // preset.batch_size
-    num_epochs = preset.steps // epoch
-
-    def draw(time_axes, difference_axes=None):
-        for name, result in results.items():
-            history = result.history
-            seconds, loss = np.cumsum(history.seconds), history.loss
-            epoch_ends = epoch * np.arange(1, num_epochs + 1) - 1
-            epoch_loss = loss[: epoch * num_epochs].reshape(num_epochs, epoch).mean(1)
-            colour = colours[name]
-            label = f"{name} (after {history.compile_seconds:.0f} s of compilation)"
-            time_axes.semilogy(seconds, loss, color=colour, lw=0.8, alpha=0.25)
-            time_axes.semilogy(
-                seconds[epoch_ends], epoch_loss, color=colour, lw=1.8, label=label
-            )
-        time_axes.set(
-            title=title,
-            xlabel="wall-clock time, without compilation (s)",
-            ylabel=ylabel,
-        )
-        time_axes.legend()
-        if difference_axes is not None:
-            steps = np.arange(1, preset.steps + 1)
+def plot_losses(path: Path, histories: dict[str, History]) -> None:
+    with axes_of(path, (11, 4.4), columns=2) as (over_time, differences):
+        for i, (name, history) in enumerate(histories.items()):
+            seconds, losses = np.cumsum(history.seconds), history.losses
+            over_time.plot(seconds, losses, color=f"C{i}", alpha=0.25, lw=0.8)
+            # Over a twentieth of the run at a time.
+            width = max(1, len(losses) // 20)
+            mean = np.convolve(losses, np.ones(width) / width, mode="valid")
+            over_time.plot(seconds[width - 1 :], mean, color=f"C{i}", label=name)
+        for i, difference in enumerate(loss_differences(histories).values(), 1):
             # The logarithmic scale has no place for zero.
-            difference = np.maximum(loss_difference(results), 1e-17)
-            difference_axes.semilogy(steps, difference, "k.", ms=3)
-            difference_axes.set(
-                title=f"Difference between {' and '.join(results)}",
-                xlabel="training step",
-                ylabel="relative difference of the losses",
-            )
-
-    columns = len(results)
-    save_plot(path, draw, size=(5.5 * columns, 4.2), columns=columns)
-
-
-def device_description() -> str:
-    device = jax.devices()[0]
-    return f"{device.platform} ({device.device_kind})"
+            difference = np.maximum(difference, 1e-17)
+            differences.semilogy(difference, ".", ms=3, color=f"C{i}")
+        over_time.set(
+            title="Loss of batches, and its moving average",
+            xlabel="time of all training steps so far, without compilation (s)",
+            ylabel="loss",
+        )
+        if all(np.all(history.losses > 0) for history in histories.values()):
+            over_time.set_yscale("log")
+        differences.set(
+            title=f"Relative difference of the losses\nfrom {next(iter(histories))}",
+            xlabel="training step",
+            ylabel="0, or less than 1e-17, is at 1e-17",
+        )
