@@ -181,7 +181,8 @@ def draw(rows: Sequence[study.Row], panels: list[Axes]) -> None:
     size.set(xscale="log", yscale="log", xlabel="size of the state")
     size.set_ylabel("iterations")
     size.set_title("Size of the state")
-    size.legend()
+    size.set_ylim(4, 200)
+    size.legend(loc="upper left", ncols=2)
 
 
 def main():

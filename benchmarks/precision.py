@@ -3,8 +3,7 @@ r"""Which parts of `DeerSolver` need how much precision. Nothing is timed.
 First everything in single or in double precision. Then only the scan, that is the
 linear recurrence between the substeps, in low precision, and all else in double
 precision: it only makes a correction, and its errors are corrected by the next one. Is
-that so also from a bad guess? And what becomes of the gradient, which is the solution
-of a linear recurrence itself?
+that so also from a bad guess?
 
     python -m benchmarks.precision --output benchmarks/results/precision.json \
         --figure docs/figures/precision.png
@@ -21,8 +20,6 @@ from diffrax_deer import (
     AutoScan,
     CoarseGuess,
     ConstantGuess,
-    DEER,
-    QuasiDEER,
 )
 from jaxtyping import Array
 from matplotlib.axes import Axes
@@ -127,27 +124,9 @@ def guesses() -> list[study.Row]:
     return rows
 
 
-def gradients() -> list[study.Row]:
-    rows = []
-    for name in PROBLEMS:
-        problem = zoo.problems()[name]
-        _, true = jax.jit(zoo.loss_and_grad(zoo.sequential(problem)))(*problem.inputs)
-        for method in tqdm((DEER(), QuasiDEER()), unit="method"):
-            for dtype in DTYPES:
-                scan = LowPrecisionScan(dtype)
-                solve = zoo.parallel(
-                    problem, scan=scan, method=method, guess=ConstantGuess()
-                )
-                _, gradient = jax.jit(zoo.loss_and_grad(solve))(*problem.inputs)
-                row = dict(suite="gradient", problem=name, name=type(method).__name__)
-                row |= dict(dtype=dtype, error=zoo.error(gradient, true))
-                rows.append(row)
-    return rows
-
-
 def draw(rows: Sequence[study.Row], panels: list[Axes]) -> None:
     series = ft.partial(study.series, rows)
-    everything, gradient, iterations, errors = panels
+    everything, iterations, errors = panels
     look: dict[str, Any]
 
     for color, dtype in enumerate(("float64", "float32")):
@@ -158,15 +137,6 @@ def draw(rows: Sequence[study.Row], panels: list[Axes]) -> None:
     everything.set(xscale="log", yscale="log", xlabel="substeps", ylabel="error")
     everything.set_title("Everything in this precision: two bodies")
     everything.legend()
-
-    for style, name in (("o-", "DEER"), ("s--", "QuasiDEER")):
-        for color, problem in enumerate(PROBLEMS):
-            where = dict(suite="gradient", problem=problem, name=name)
-            look = dict(color=f"C{color}", label=f"{problem}, {name}")
-            gradient.plot(*series("dtype", "error", **where), style, **look)
-    gradient.set(yscale="log", ylabel="error of the gradient", ylim=(1e-17, 1e7))
-    gradient.set_title("Only the scan in this precision: gradients")
-    gradient.legend(ncols=2)
 
     for color, dtype in enumerate(DTYPES):
         where = dict(suite="rtol", problem="two bodies", dtype=dtype)
@@ -185,10 +155,10 @@ def draw(rows: Sequence[study.Row], panels: list[Axes]) -> None:
 
 def main():
     args = study.arguments(__doc__)
-    rows = whole() + tolerances() + guesses() + gradients()
+    rows = whole() + tolerances() + guesses()
     study.show(rows)
     study.save(args, rows)
-    study.figure(args.figure, (2, 2), ft.partial(draw, rows))
+    study.figure(args.figure, (1, 3), ft.partial(draw, rows))
 
 
 if __name__ == "__main__":
