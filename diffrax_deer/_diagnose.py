@@ -746,7 +746,7 @@ def _advice_on_cost(report: Report) -> list[str]:
         )
     if report.size >= _LARGE and isinstance(report.solver.method, (DEER, ELK)):
         advice.append(
-            "The state is large. Compare with `method=QuasiDEER()`, which needs less "
-            "memory."
+            "The state is large. Compare with `method=Picard()`, or for many small "
+            "systems `method=QuasiDEER(samples=1, block=...)`, which need less memory."
         )
     return advice

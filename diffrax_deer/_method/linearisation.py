@@ -60,7 +60,7 @@ class AbstractDiagonalMethod(AbstractMethod):
         def columns(probe):
             # Of all blocks the first columns, the second ones, ...
             def column(unit):
-                moved = jvp(join(unit[:, None] * probe[:, :, None]))
+                moved = jvp(join(unit[None, None, :, None] * probe[:, :, None]))
                 return split(moved, blocks)
 
             units = jnp.eye(self.block, dtype=points.dtype)
@@ -71,7 +71,8 @@ class AbstractDiagonalMethod(AbstractMethod):
         def exact():
             def add(i, total):
                 unit = jnp.arange(blocks) == i
-                probe = jnp.broadcast_to(unit, shape).astype(points.dtype)
+                probe = jnp.broadcast_to(unit[None, None], shape).astype(points.dtype)
+                unit = jnp.expand_dims(unit, range(total.ndim - 1))
                 return jnp.where(unit, columns(probe), total)
 
             return lax.fori_loop(0, blocks, add, zeros)
