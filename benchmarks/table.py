@@ -9,6 +9,8 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -220,44 +222,31 @@ def _bounds(bounds: list[dict[str, Any]]) -> str:
 
 
 def _large(rows: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    cells = []
-    for problem in dict.fromkeys(row["problem"] for row in rows):
-        line = [problem]
-        for name in names:
-            row = next(
-                (r for r in rows if (r["problem"], r["name"]) == (problem, name)), None
-            )
-            if row is None:
-                line.append("-")
-                continue
-            memory = f"{row['temp_mib']:,.2g} MiB"
-            if row["temp_mib"] >= 100:
-                memory = f"{row['temp_mib']:,.0f} MiB"
-            if "converged" not in row:
-                line.append(f"not run ({memory})")
-            elif not row["converged"]:
-                line.append(f"not within {row['iterations']} iterations")
-            else:
-                line.append(f"{row['span']} ({memory})")
-        cells.append(line)
-    return _markdown(["span (memory)", *names], cells)
+    def cell(row):
+        memory = f"{row['temp_mib']:,.2g} MiB"
+        if row["temp_mib"] >= 100:
+            memory = f"{row['temp_mib']:,.0f} MiB"
+        if "converged" not in row:
+            return f"not run ({memory})"
+        elif not row["converged"]:
+            return f"not within {row['iterations']} iterations"
+        return f"{row['span']} ({memory})"
+
+    return _crosstab(
+        "span (memory)", rows, itemgetter("problem"), itemgetter("name"), cell
+    )
 
 
 def _spans(rows: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    cells = []
-    for problem in dict.fromkeys(row["problem"] for row in rows):
-        line = [problem]
-        for name in names:
-            [row] = [r for r in rows if (r["problem"], r["name"]) == (problem, name)]
-            if row["error"] is None:
-                line.append("failed")
-            else:
-                substeps = f", {row['substeps']} substeps" if "substeps" in row else ""
-                line.append(f"{row['span']} ({row['error']:.0e}{substeps})")
-        cells.append(line)
-    return _markdown(["span (error)", *names], cells)
+    def cell(row):
+        if row["error"] is None:
+            return "failed"
+        substeps = f", {row['substeps']} substeps" if "substeps" in row else ""
+        return f"{row['span']} ({row['error']:.0e}{substeps})"
+
+    return _crosstab(
+        "span (error)", rows, itemgetter("problem"), itemgetter("name"), cell
+    )
 
 
 def _span_summary(rows: list[dict[str, Any]]) -> str:
@@ -339,6 +328,24 @@ def _error(row):
     return "not finite" if row["error"] is None else f"{row['error']:.0e}"
 
 
+def _crosstab(
+    corner: str,
+    rows: list[dict[str, Any]],
+    down: Callable[[dict[str, Any]], str],
+    across: Callable[[dict[str, Any]], str],
+    cell: Callable[[dict[str, Any]], str],
+) -> str:
+    """A cell for each row, in the line and the column that it says."""
+    columns = list(dict.fromkeys(map(across, rows)))
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault(down(row), {})[across(row)] = cell(row)
+    cells = [
+        [name, *(line.get(x, "-") for x in columns)] for name, line in lines.items()
+    ]
+    return _markdown([corner, *columns], cells)
+
+
 def _markdown(header, cells):
     rule = ["---"] * len(header)
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells))
@@ -384,15 +391,8 @@ def study(file: Path, suite: str) -> str:
             words.append("last step in float64")
         return ", ".join(words)
 
-    cells = {}
-    for row in rows:
-        line = cells.setdefault(label(row, down), {})
-        line[label(row, across)] = cell(row)
-    columns = list(dict.fromkeys(label(row, across) for row in rows))
-    lines = [
-        [name, *(line.get(x, "-") for x in columns)] for name, line in cells.items()
-    ]
-    return _markdown(["", *columns], lines)
+    downwards, sideways = (lambda row, k=keys: label(row, k) for keys in (down, across))
+    return _crosstab("", rows, downwards, sideways, cell)
 
 
 def updated(text: str) -> str:
