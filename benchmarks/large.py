@@ -5,7 +5,6 @@ it takes to make one step after the other, and in how much memory. Nothing is ti
     python -m benchmarks.large --output benchmarks/results/large.json
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import diffrax as dfx
@@ -21,10 +20,6 @@ from . import _problems as zoo, _study as study
 MAX_ITERS = 128
 # Of more, Jacobians are formed only to be told their size.
 MAX_DENSE = 256
-
-# Of the initial value and of parameters. The solution, how many iterations it took, how
-# many evaluations followed one another, and whether it succeeded.
-Solve = Callable[[jax.Array, Any], tuple[Any, Any, Any, Any]]
 
 # And in how many windows.
 METHODS: dict[str, tuple[deer.AbstractMethod, int]] = {
@@ -74,42 +69,16 @@ def brusselator(number: int) -> zoo.Problem:
     return zoo.Problem(dfx.ODETerm(vector_field), y0, None, 10.0, 128)
 
 
-def sequential(problem: zoo.Problem) -> Solve:
-    def solve(y0, args):
-        ts = jnp.linspace(0, problem.t1, problem.substeps + 1, dtype=y0.dtype)
-        sol = dfx.diffeqsolve(
-            *(problem.term, dfx.Tsit5(), ts[0], ts[-1], None, y0, args),
-            stepsize_controller=dfx.StepTo(ts=ts),
-            max_steps=problem.substeps,
-        )
-        # The last stage of a step is the first one of the next.
-        return sol.ys, 0, 6 * problem.substeps + 1, True
-
-    return solve
+def joint(problem: zoo.Problem, method: deer.AbstractMethod, windows: int) -> zoo.Solve:
+    guess = deer.ConstantGuess()
+    options: Any = dict(method=method, guess=guess, max_iters=MAX_ITERS)
+    return zoo.parallel(problem, windows=windows, **options)
 
 
-def joint(problem: zoo.Problem, method: deer.AbstractMethod, windows: int) -> Solve:
-    solver = deer.DeerSolver(
-        *(dfx.Tsit5(), problem.substeps // windows),
-        method=method,
-        guess=deer.ConstantGuess(),
-        max_iters=MAX_ITERS,
-    )
-
-    def solve(y0, args):
-        ts = jnp.linspace(0, problem.t1, windows + 1, dtype=y0.dtype)
-        sol = dfx.diffeqsolve(
-            *(problem.term, solver, ts[0], ts[-1], None, y0, args),
-            stepsize_controller=dfx.StepTo(ts=ts),
-            max_steps=windows,
-            adjoint=deer.DeerAdjoint(max_windows=windows),
-            throw=False,
-        )
-        span = sol.stats["sequential_evaluations"]
-        okay = sol.result == dfx.RESULTS.successful
-        return sol.ys, sol.stats["num_iterations"], span, okay
-
-    return solve
+def compiled(solve: zoo.Solve, inputs: tuple[jax.Array, Any]) -> tuple[Any, float]:
+    """And how many MiB it takes beside inputs and outputs."""
+    program: Any = jax.jit(solve).lower(*inputs).compile()
+    return program, program.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def compare(name: str, problem: zoo.Problem) -> list[study.Row]:
@@ -123,30 +92,15 @@ def compare(name: str, problem: zoo.Problem) -> list[study.Row]:
         del choices["QuasiDEER, blocks of 2"]
     rows = []
     if y0.size > MAX_DENSE:
-        solve = joint(problem, *choices.pop("DEER"))
-        compiled: Any = jax.jit(solve).lower(y0, args).compile()
-        mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        _, mib = compiled(joint(problem, *choices.pop("DEER")), problem.inputs)
         rows.append(dict(**columns, name="DEER", temp_mib=mib))
-    solves = {"sequential": sequential(problem)}
+    solves = {"sequential": zoo.sequential(problem)}
     solves |= {key: joint(problem, *choice) for key, choice in choices.items()}
-    expected, *_ = jax.jit(sequential(problem))(y0, args)
+    true = jax.jit(zoo.reference(problem))(*problem.inputs)
     for key, solve in tqdm(solves.items(), unit="solve", leave=False):
-        compiled: Any = jax.jit(solve).lower(y0, args).compile()
-        mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        ys, num_iterations, span, okay = compiled(y0, args)
-        converged = bool(okay)
-        rows.append(
-            dict(
-                **columns,
-                name=key,
-                converged=converged,
-                iterations=int(num_iterations),
-                span=int(span),
-                # At the end.
-                error=study.distance(ys[-1], expected[-1]) if converged else None,
-                temp_mib=mib,
-            )
-        )
+        program, mib = compiled(solve, problem.inputs)
+        outcome = study.outcome(program(*problem.inputs), true)
+        rows.append(dict(**columns, name=key, **outcome, temp_mib=mib))
     return rows
 
 
