@@ -118,13 +118,19 @@ class AdaptiveGrid(AbstractGrid):
             here = on(state.next)
             is_first = state.num_moves == 0
             max_iters = jnp.where(is_first, jnp.iinfo(jnp.int32).max, _MAX_ITERS)
-            solution = solve(here, state.guess, max_iters)
+            before = state.solution
+            # In a batch, all or none.
+            guess = lax.cond(
+                eqxi.unvmap_all(is_first),
+                lambda: before.at,
+                lambda: _interpolate(on(state.fractions), before.at, here),
+            )
+            solution = solve(here, guess, max_iters)
             okay = solution.result == RESULTS.successful
             whole = here.whole(solution.at)
             parts = shares(here, whole, self._scale(whole))
             may_move = okay & (parts.most_gain > _WORTHWHILE)
             may_move = may_move & (state.num_moves < self.max_moves)
-            # In a batch, all or none.
             fractions, gain = lax.cond(
                 eqxi.unvmap_any(may_move),
                 lambda: spread(state.next, parts, _shortest(problem)),
@@ -136,7 +142,6 @@ class AdaptiveGrid(AbstractGrid):
             select = lambda x, y: jtu.tree_map(
                 lambda x, y: jnp.where(is_better, x, y), x, y
             )
-            before = state.solution
             return _State(
                 fractions=select(state.next, state.fractions),
                 # With what all of them have taken.
@@ -146,11 +151,6 @@ class AdaptiveGrid(AbstractGrid):
                     span=before.span + solution.span,
                 ),
                 next=fractions,
-                guess=lax.cond(
-                    eqxi.unvmap_any(moves),
-                    lambda: _interpolate(here, solution.at, on(fractions)),
-                    lambda: state.guess,
-                ),
                 num_moves=state.num_moves + 1,
                 moves=moves,
             )
@@ -165,7 +165,7 @@ class AdaptiveGrid(AbstractGrid):
         state = lax.while_loop(
             lambda state: state.moves,
             body,
-            _State(fractions, nothing, fractions, first, zero, jnp.array(True)),
+            _State(fractions, nothing, fractions, zero, jnp.array(True)),
         )
         fractions, solution = state.fractions, state.solution
         if self.rtol is None or self.atol is None:
@@ -227,12 +227,11 @@ class AdaptiveGrid(AbstractGrid):
 
 
 class _State(eqx.Module):
-    # The best grid so far, and the solution on it.
+    # The best grid so far, and the solution on it. (Before the first one, a guess.)
     fractions: Real[Array, " substeps_plus_1"]
     solution: JointSolution
-    # That to solve it on next, and the guess there.
+    # That to solve it on next.
     next: Real[Array, " substeps_plus_1"]
-    guess: Iterate
     num_moves: Int[Array, ""]
     moves: Bool[Array, ""]
 
