@@ -50,6 +50,6 @@ def test_memory_per_window(size, dtype, steps):
     if steps:
         documented = 3 * points * (size * (diffrax.Tsit5.tableau.num_stages + 2) + 1)
     else:
-        documented = 2 * (size + 8)
+        documented = 2 * (size + 2)
     documented *= jnp.dtype(dtype).itemsize
     assert documented / 3 < per_window < documented

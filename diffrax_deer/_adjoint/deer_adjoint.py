@@ -36,7 +36,7 @@ from .stepper import (
     Windows,
 )
 from .times import anchors, are_known, ChosenTimes, KnownTimes
-from .trajectory import Problem, solution, Substeps, Trajectory
+from .trajectory import Grid, Problem, solution, Substeps, Trajectory
 
 
 # By default, keep up to this many bytes of substeps, or if that is more, up to this
@@ -106,7 +106,7 @@ class DeerAdjoint(AbstractAdjoint):
             and differentiated one after the other, as a sequential computation is.
             What this allocates for each window that is allowed, is about
 
-            `2 * (size + 8) * itemsize` bytes
+            `2 * (size + 2) * itemsize` bytes
 
             where `size` is that of the state, and `itemsize` is 8 in double and 4 in
             single precision.
@@ -231,11 +231,11 @@ class DeerAdjoint(AbstractAdjoint):
             _num_substeps(stepper, recording, num_steps),
             recording.kept,
             layout.ts is None,
-            stepper.substeps,
             layout.chunk,
         )
         linearisation = None if _are_repeated(scheme) else stepper.linearisation
-        problem = Problem(scheme, times, recording.fractions, substeps, linearisation)
+        grid = Grid(times, recording.fractions, stepper.substeps)
+        problem = Problem(scheme, grid, substeps, linearisation)
         trajectory = Trajectory(
             *(problem, solution(recording.values, problem), jnp.asarray(t0)),
             *(recording.last_ts, final_state.y, recording.points),
@@ -473,6 +473,6 @@ def _dense(final_state, trajectory, stepper, num_steps):
     return with_results(
         final_state,
         dense_ts=ts,
-        dense_infos=stepper.grouped(trajectory.dense_infos(), problem.fractions),
+        dense_infos=stepper.grouped(trajectory.dense_infos(), problem.grid.fractions),
         dense_save_index=num_steps,
     )

@@ -45,7 +45,7 @@ def save(
     # Without the last step, which ends with `yfinal`.
     if subsaveat.steps > 0:
         # All substeps are kept.
-        all_ys, substeps = values.kept.at.ys, problem.substeps.per_step
+        all_ys, substeps = values.kept.at.ys, problem.grid.per_step
         max_steps = len(all_ys) // substeps
         steps = subsaveat.steps * jnp.arange(
             1, -(-max_steps // subsaveat.steps), dtype=jnp.int32

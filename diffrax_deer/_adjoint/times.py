@@ -18,11 +18,20 @@ from .._custom_types import IntScalarLike, PyTree, RealScalarLike
 
 
 class AbstractTimes(eqx.Module):
-    """The times of all steps, as functions of what the user has passed."""
+    """The times of steps, as functions of what the user has passed."""
 
     @abc.abstractmethod
     def __call__(self, index: Int[Array, "*shape"]) -> tuple[Array, Array]:
         """When the steps with these indices begin and end."""
+
+    @property
+    @abc.abstractmethod
+    def rows(self) -> PyTree[Array]:
+        """What is stored of each step, with a leading axis for these."""
+
+    @abc.abstractmethod
+    def part(self, first: Int[Array, ""], rows: PyTree[Array]) -> "AbstractTimes":
+        """The same, where `rows` are those from this step on, and no others matter."""
 
 
 class KnownTimes(AbstractTimes):
@@ -40,6 +49,14 @@ class KnownTimes(AbstractTimes):
 
     def __call__(self, index):
         return self.starts(index), self.starts(index + 1)
+
+    @property
+    def rows(self):
+        return None
+
+    def part(self, first, rows):
+        del first, rows
+        return self
 
     def starts(self, index: Int[Array, "*shape"]) -> Real[Array, "*shape"]:
         if self.max_steps is not None:
@@ -71,9 +88,19 @@ class ChosenTimes(AbstractTimes):
     t0s: Real[Array, " steps"]
     t1s: Real[Array, " steps"]
     anchors: list[Real[Array, "..."]]
+    # With which of the steps these begin.
+    first: IntScalarLike = 0
 
     def __call__(self, index):
+        index = jnp.maximum(index - self.first, 0)
         return self._moved(self.t0s[index]), self._moved(self.t1s[index])
+
+    @property
+    def rows(self):
+        return self.t0s, self.t1s
+
+    def part(self, first, rows):
+        return ChosenTimes(*rows, self.anchors, first)
 
     def _moved(self, ts):
         ts = lax.stop_gradient(ts)

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
 from jaxtyping import Array, Float, Int, Real
 
-from .._custom_types import PyTree
+from .._custom_types import IntScalarLike, PyTree
 from .._implicit import as_known, implicit_solution, with_zeros
 from .._method import AbstractMethod
 from .._scan import AbstractScan
@@ -36,12 +36,13 @@ class Values(eqx.Module):
 
     **Attributes:**
 
-    - `chunks`: the values at the start of every chunk.
+    - `chunks`: the values at the start of every chunk. `None` once there is nothing
+        left that is found from these.
     - `kept`: the substeps in which the solution is asked for.
     - `last`: the last substep of all, or that in which an event has occurred.
     """
 
-    chunks: Float[Array, "chunks size"]
+    chunks: Float[Array, "chunks size"] | None
     kept: Rows
     last: Rows
 
@@ -55,19 +56,17 @@ class Substeps(eqx.Module):
     - `kept`: which of these are kept, in order. Followed by numbers that are larger
         than that of any substep.
     - `are_all_kept`: whether `kept` are all of them.
-    - `per_step`: how many of them are a step.
     - `per_chunk`: how many of them are differentiated at once.
     """
 
     number: Int[Array, ""]
     kept: Int[Array, " kept"]
     are_all_kept: bool = eqx.field(static=True)
-    per_step: int = eqx.field(static=True)
     per_chunk: int = eqx.field(static=True)
 
     @property
     def last(self) -> Int[Array, ""]:
-        return jnp.maximum(self.number, 1) - 1
+        return _last(self.number)
 
     def of_chunk(self, chunk: Int[Array, ""]) -> Int[Array, " per_chunk"]:
         return self.per_chunk * chunk + jnp.arange(self.per_chunk, dtype=jnp.int32)
@@ -81,48 +80,98 @@ class Substeps(eqx.Module):
         return jnp.where(is_kept, place.astype(jnp.int32), beyond)
 
 
+class Grid(eqx.Module):
+    """When all substeps begin and end.
+
+    **Attributes:**
+
+    - `times`: when steps do.
+    - `fractions`: when the substeps of these do. `None` if they are equally long.
+    - `per_step`: how many of them are a step.
+    """
+
+    times: AbstractTimes
+    fractions: Real[Array, "steps substeps_plus_1"] | None
+    per_step: int = eqx.field(static=True)
+    # With which of the steps `fractions` begin.
+    first: IntScalarLike = 0
+
+    def __call__(
+        self, index: Int[Array, "*shape"], number: Int[Array, ""]
+    ) -> tuple[Array, Array]:
+        """If there are this many. All others have length zero."""
+        n = self.per_step
+        step, substep = jnp.divmod(jnp.minimum(index, _last(number)), n)
+        t0, t1 = self.times(step)
+        if self.fractions is not None:
+            row = jnp.maximum(step - self.first, 0)
+            fractions = (self.fractions[row, i] for i in (substep, substep + 1))
+            t0, t1 = (time_at(t0, t1, fraction) for fraction in fractions)
+        elif n > 1:
+            t0, t1 = (grid_time(t0, t1, n, i) for i in (substep, substep + 1))
+        return jnp.where(index < number, t0, t1), t1
+
+    def split(self, number: Int[Array, ""], chunks: int, per_chunk: int):
+        """What is stored of the steps of each chunk, of so many substeps. Behind the
+        last step that is what is stored of this one."""
+        steps = per_chunk // self.per_step
+        last = _last(number) // self.per_step
+        index = jnp.arange(chunks * steps, dtype=jnp.int32)
+
+        def rows(x):
+            padding = [(0, len(index) - len(x))] + [(0, 0)] * (x.ndim - 1)
+            x = jnp.where(
+                jnp.expand_dims(index <= last, range(1, x.ndim)),
+                jnp.pad(x, padding),
+                x[last],
+            )
+            return x.reshape(chunks, steps, *x.shape[1:])
+
+        return jtu.tree_map(rows, lax.stop_gradient((self.times.rows, self.fractions)))
+
+    def part(self, first: Int[Array, ""], rows: PyTree[Array]) -> "Grid":
+        """The same, where `rows` are those from this substep on, with which a step
+        begins, and no others matter."""
+        step = first // self.per_step
+        of_times, fractions = rows
+        return Grid(self.times.part(step, of_times), fractions, self.per_step, step)
+
+
 class Problem(eqx.Module):
     """All that the solution depends on, once every decision has been made.
 
     **Attributes:**
 
     - `scheme`: the differential equation and the solver.
-    - `times`: when its steps begin and end.
-    - `fractions`: when the substeps of steps end. `None` if they are equally long.
+    - `grid`: when its substeps begin and end.
     - `substeps`: which of them there are.
     - `linearisation`: how substeps are differentiated if they have been kept, or
         `None` if they are made again.
     """
 
     scheme: Scheme
-    times: AbstractTimes
-    fractions: Real[Array, "steps substeps_plus_1"] | None
+    grid: Grid
     substeps: Substeps
     linearisation: tuple[AbstractMethod, AbstractScan] | None
 
     def of_substeps(self, index: Int[Array, "*shape"]) -> tuple[Array, Array]:
         """When substeps begin and end. Those that are not used have length zero."""
-        n = self.substeps.per_step
-        step, substep = jnp.divmod(jnp.minimum(index, self.substeps.last), n)
-        t0, t1 = self.times(step)
-        if self.fractions is not None:
-            fractions = (self.fractions[step, i] for i in (substep, substep + 1))
-            t0, t1 = (time_at(t0, t1, fraction) for fraction in fractions)
-        elif n > 1:
-            t0, t1 = (grid_time(t0, t1, n, i) for i in (substep, substep + 1))
-        return jnp.where(index < self.substeps.number, t0, t1), t1
+        return self.grid(index, self.substeps.number)
 
     def chunk(
         self,
         index: Int[Array, ""],
         start: Float[Array, " size"],
+        rows: PyTree[Array],
         at: Iterate | None,
         end: Float[Array, " size"],
     ) -> Rows:
-        """The substeps of a chunk, as a function of all that they depend on. `at` are
-        their values if these have been kept, and `end` is the last value of all."""
+        """The substeps of a chunk, as a function of all that they depend on. `rows` are
+        what is stored of its steps, `at` its values if these have been kept, and `end`
+        is the last value of all."""
         of_all = self.substeps.of_chunk(index)
-        t0s, t1s = self.of_substeps(of_all)
+        number = self.substeps.number
+        t0s, t1s = self.grid.part(of_all[0], rows)(of_all, number)
         scheme = self.scheme
         part = Discretisation(
             *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
@@ -134,7 +183,7 @@ class Problem(eqx.Module):
             assert at is not None
             method, scan = self.linearisation
             # What is not used stays where it is.
-            is_used = of_all < self.substeps.number
+            is_used = of_all < number
             ys = jnp.where(is_used[:, None], at.ys, end[None])
             ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
             at = Iterate(scheme.read(ys), scheme.read(ks))
@@ -146,15 +195,18 @@ class Problem(eqx.Module):
 def solution(values: Values, problem: Problem) -> Values:
     """The solution, as a function of the problem. Its values must be known already."""
     y0 = problem.scheme.ravel(problem.scheme.y0)
-    is_kept = problem.linearisation is not None
-    xs = _of_chunks(values, problem.substeps, is_kept)
+    substeps, is_kept = problem.substeps, problem.linearisation is not None
+    rows = problem.grid.split(substeps.number, len(values.chunks), substeps.per_chunk)
+    xs = _of_chunks(values, rows, substeps, is_kept)
     # Vector fields may close over what is being differentiated.
     chunk = eqx.filter_closure_convert(
         *(problem.chunk, jnp.array(0, jnp.int32)),
         *jtu.tree_map(lambda x: x[0], xs),
         y0,
     )
-    return _solution(values, y0, chunk, problem.substeps, is_kept=is_kept)
+    return _solution(
+        *(values, y0, chunk, rows, substeps), is_kept=is_kept, needs_chunks=False
+    )
 
 
 @eqx.filter_custom_jvp
@@ -162,32 +214,36 @@ def _solution(
     values: Values,
     y0: Float[Array, " size"],
     chunk: Callable,
+    rows: PyTree[Array],
     substeps: Substeps,
     *,
     is_kept: bool,
+    needs_chunks: bool,
 ) -> Values:
-    del y0, chunk, substeps, is_kept
-    return values
+    del y0, chunk, rows, substeps, is_kept
+    return values if needs_chunks else _without_chunks(values)
 
 
 # The derivative goes from chunk to chunk, forwards, and if transposed then backwards.
 # Chunks that are not used cost next to nothing.
 @_solution.def_jvp
-def _(primals, tangents, *, is_kept):
-    values, y0, chunk, substeps = primals
-    _, t_y0, t_chunk, _ = tangents
+def _(primals, tangents, *, is_kept, needs_chunks):
+    values, y0, chunk, rows, substeps = primals
+    _, t_y0, t_chunk, _, _ = tangents
     # For higher derivatives: what follows depends on the solution as well.
-    values = _solution(values, y0, chunk, substeps, is_kept=is_kept)
+    values = _solution(
+        *(values, y0, chunk, rows, substeps), is_kept=is_kept, needs_chunks=True
+    )
     end = values.last.at.ys
 
     def body(carry, index, x):
         t_start, t_kept, t_last, t_chunk = carry
         of_all = substeps.of_chunk(index)
-        start, at = x
+        start, rows, at = x
         start = jnp.where(of_all[0] < substeps.number, start, end)
-        solve = lambda chunk, start: chunk(index, start, at, end)
-        rows, t_rows = eqx.filter_jvp(solve, (chunk, start), (t_chunk, t_start))
-        t_rows = with_zeros(t_rows, rows)
+        solve = lambda chunk, start: chunk(index, start, rows, at, end)
+        made, t_rows = eqx.filter_jvp(solve, (chunk, start), (t_chunk, t_start))
+        t_rows = with_zeros(t_rows, made)
         if not substeps.are_all_kept:
             place = substeps.places(of_all)
             # That is, `set`, the transpose of which would have to copy.
@@ -200,7 +256,10 @@ def _(primals, tangents, *, is_kept):
         t_last = jtu.tree_map(
             lambda x, t: jnp.where(is_here, t[here], x), t_last, t_rows
         )
-        out = t_start, (t_rows if substeps.are_all_kept else None)
+        out = (
+            t_start if needs_chunks else None,
+            t_rows if substeps.are_all_kept else None,
+        )
         return (t_rows.at.ys[-1], t_kept, t_last, t_chunk), out
 
     zeros = lambda x: jtu.tree_map(jnp.zeros_like, x)
@@ -218,19 +277,27 @@ def _(primals, tangents, *, is_kept):
     # Also what never changes. If that were a constant of the scan, then its cotangent
     # would be added up over all chunks, rather than over those that are used.
     carry = t_y0, t_kept, t_last, t_chunk
-    xs = _of_chunks(values, substeps, is_kept)
-    carry, (t_chunks, t_all) = scan_used(body, carry, xs, num_used, (t_y0, t_some))
+    xs = _of_chunks(values, rows, substeps, is_kept)
+    like = t_y0 if needs_chunks else None, t_some
+    carry, (t_chunks, t_all) = scan_used(body, carry, xs, num_used, like)
     _, t_kept, t_last, _ = carry
     if substeps.are_all_kept:
         t_kept = jtu.tree_map(_join, t_all)
+    if not needs_chunks:
+        values = _without_chunks(values)
     return values, Values(t_chunks, t_kept, t_last)
 
 
-def _of_chunks(values: Values, substeps: Substeps, is_kept: bool):
+def _without_chunks(values: Values) -> Values:
+    return Values(None, values.kept, values.last)
+
+
+def _of_chunks(values: Values, rows: PyTree[Array], substeps: Substeps, is_kept: bool):
     """What of the values each of the chunks is found from."""
     number = len(values.chunks)
     split = lambda x: x.reshape(number, substeps.per_chunk, *x.shape[1:])
-    return values.chunks, jtu.tree_map(split, values.kept.at) if is_kept else None
+    at = jtu.tree_map(split, values.kept.at) if is_kept else None
+    return values.chunks, rows, at
 
 
 def scan_used(
@@ -288,6 +355,10 @@ def scan_used(
     if length == 1:
         out = jtu.tree_map(lambda x: x[None], out)
     return carry, jtu.tree_map(lambda x: x[:length], out)
+
+
+def _last(number: Int[Array, ""]) -> Int[Array, ""]:
+    return jnp.maximum(number, 1) - 1
 
 
 def _length(xs: PyTree[Array]) -> int:
