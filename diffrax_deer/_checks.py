@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from diffrax import AbstractSolver, LeapfrogMidpoint, ReversibleHeun
+from jax.sharding import NamedSharding
 
 from ._custom_types import PyTree
+from ._time_axis import num_parts
 
 
 def check_positive_int(x: Any, name: str) -> None:
@@ -96,3 +98,20 @@ def check_trajectory(ys: PyTree, y0: PyTree, length: int, message: str) -> None:
     actual = jtu.tree_map(form, ys)
     if eqx.tree_equal(actual, expected) is not True:
         raise ValueError(f"{message} Expected\n{expected}\nbut got\n{actual}")
+
+
+def check_sharding(x: Any, length: int, name: str) -> None:
+    """For a time axis of this length."""
+    if not isinstance(x, NamedSharding) or len(x.spec) != 1 or x.spec[0] is None:
+        raise TypeError(
+            f"`{name}` must say which axis of a mesh of devices the time axis is "
+            "divided over, for example `jax.sharding.NamedSharding(mesh, "
+            f'jax.sharding.PartitionSpec("time"))`, got {x}.'
+        )
+    parts = num_parts(x)
+    if length % parts != 0:
+        raise ValueError(
+            f"`{name}` divides the time axis into {parts} parts, which must be of the "
+            f"same length, but there are {length} substeps (or elements). Take a "
+            f"multiple of {parts}."
+        )

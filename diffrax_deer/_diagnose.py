@@ -45,7 +45,7 @@ from ._window import (
     ravel,
     Split,
     tableau_of,
-    uniform_grid,
+    uniform_steps,
 )
 
 
@@ -430,8 +430,8 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         deer_state, direction = solver_state
         del made_jump
         solver = self.solver
-        ts = uniform_grid(t0, t1, solver.substeps)
-        problem = Discretisation(solver.solver, terms, args, ts[:-1], ts[1:], y0)
+        ts = uniform_steps(t0, t1, solver.substeps)
+        problem = Discretisation(solver.solver, terms, args, *ts, y0)
         is_sequential = solver.guess.is_solution(problem)
         if is_sequential or not solver.grid.is_uniform:
             solved = solver.solve_window(terms, t0, t1, y0, args, deer_state)

@@ -9,11 +9,13 @@ import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import RESULTS
 from jax.interpreters import partial_eval as pe
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ._checks import (
     check_instance,
     check_positive_int,
+    check_sharding,
     check_state,
     check_tolerance,
     check_trajectory,
@@ -24,6 +26,7 @@ from ._implicit import with_derivative, without_gradient
 from ._iterate import Iteration
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
+from ._time_axis import divided
 from ._window import (
     AbstractMapWindow,
     among_neighbours,
@@ -67,6 +70,7 @@ class _Recurrence(AbstractMapWindow):
     xs: PyTree[Shaped[Array, "substeps ..."]]
     y0: Float[Array, " size"]
     eps: float
+    sharding: NamedSharding | None = eqx.field(static=True)
 
     def value(
         self, x: PyTree[Array], points: Float[Array, "1 size"]
@@ -100,6 +104,7 @@ def deer_scan(
     rtol: RealScalarLike | None = None,
     atol: RealScalarLike | None = None,
     max_iters: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> tuple[_Carry, Any]:
     """`jax.lax.scan`, in parallel over the elements.
 
@@ -136,7 +141,8 @@ def deer_scan(
     - `guess`: the first guess: a PyTree like `init` with an additional leading axis,
         for the carries after each element (in the order of `xs`). Defaults to `init`
         throughout. It is not differentiated.
-    - `rtol`, `atol`, `max_iters`: as for [`diffrax_deer.DeerSolver`][].
+    - `rtol`, `atol`, `max_iters`, `sharding`: as for [`diffrax_deer.DeerSolver`][].
+        With a `sharding`, `xs` is divided like it.
 
     **Returns:**
 
@@ -163,6 +169,7 @@ def deer_scan(
         rtol=rtol,
         atol=atol,
         max_iters=max_iters,
+        sharding=sharding,
     )
     out = (solution.carry, solution.ys)
     # Only what is floating point has been iterated on. (Random keys cannot be checked.)
@@ -201,6 +208,7 @@ def deer_scan_solution(
     rtol: RealScalarLike | None = None,
     atol: RealScalarLike | None = None,
     max_iters: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> ScanSolution:
     """As [`diffrax_deer.deer_scan`][], but tells how it went.
 
@@ -221,6 +229,8 @@ def deer_scan_solution(
         check_tolerance(atol, "deer_scan(atol=...)")
     if max_iters is not None:
         check_positive_int(max_iters, "deer_scan(max_iters=...)")
+    if sharding is not None:
+        check_sharding(sharding, _length(xs, length), "deer_scan(sharding=...)")
     # Whatever JAX refuses, it refuses here.
     reference = lambda: lax.scan(f, init, xs, length, reverse)
     carry_form, _ = jax.eval_shape(reference)
@@ -233,6 +243,7 @@ def deer_scan_solution(
         return ScanSolution(carry, ys, guess, zero, RESULTS.successful)
     if reverse:
         xs, guess = _flip(xs), _flip(guess)
+    xs, guess = divided((xs, guess), sharding)
 
     # Many occurrences, one trace.
     f = jax.jit(f)
@@ -253,6 +264,7 @@ def deer_scan_solution(
         xs=xs_of_substeps,
         y0=y0,
         eps=precision(floats),
+        sharding=sharding,
     )
     iteration = Iteration(
         window=window,

@@ -15,12 +15,14 @@ from diffrax import (
     Dopri8,
     RESULTS,
 )
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Real
 
 from ._checks import (
     check_instance,
     check_one_step_solver,
     check_positive_int,
+    check_sharding,
     check_state,
     check_tolerance,
 )
@@ -44,6 +46,7 @@ from ._iterate import Iteration, JointSolution, known_solution
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
 from ._state import DeerState
+from ._time_axis import divided
 from ._window import (
     Discretisation,
     is_finite,
@@ -51,7 +54,7 @@ from ._window import (
     leaves_read,
     Split,
     time_at,
-    uniform_grid,
+    uniform_steps,
     Whole,
     WindowInterpolationFactory,
 )
@@ -134,6 +137,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     atol: RealScalarLike | None = None
     norm: Callable[[PyTree], RealScalarLike] = optx.max_norm
     max_iters: int | None = eqx.field(default=None, static=True)
+    sharding: NamedSharding | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
         check_one_step_solver(self.solver, "DeerSolver(solver=...)")
@@ -158,6 +162,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             )
         if self.max_iters is not None:
             check_positive_int(self.max_iters, "DeerSolver(max_iters=...)")
+        if self.sharding is not None:
+            name = "DeerSolver(sharding=...)"
+            check_sharding(self.sharding, self.substeps, name)
 
     @property
     def term_structure(self) -> Any:
@@ -254,22 +261,30 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         """On a grid of its own."""
         reads = leaves_read(self.solver, terms, t0, t1, y0, args)
         self.check_solver_state(solver_state, y0, reads)
-        ts = uniform_grid(t0, t1, self.substeps)
+        steps = uniform_steps(t0, t1, self.substeps)
+        t0s, t1s = divided(steps, self.sharding)
         if solver_state.fractions is not None:
             is_same = (solver_state.t0 == t0) & (solver_state.t1 == t1)
-            ts = jnp.where(is_same, time_at(t0, t1, solver_state.fractions), ts)
-        problem = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0, reads)
+            ts = time_at(t0, t1, solver_state.fractions)
+            t0s, t1s = (jnp.where(is_same, *x) for x in ((ts[:-1], t0s), (ts[1:], t1s)))
+        problem = Discretisation(
+            *(self.solver, terms, args, t0s, t1s, y0, reads, self.sharding)
+        )
         return self._solve(problem, self.grid, solver_state)
 
     def solve_on(
         self,
         terms: Terms,
-        ts: Real[Array, " substeps_plus_1"],
+        t0s: Real[Array, " substeps"],
+        t1s: Real[Array, " substeps"],
         y0: Y,
         args: Args,
     ) -> "SolvedWindow":
         """On this grid, which may have any number of substeps."""
-        problem = Discretisation(self.solver, terms, args, ts[:-1], ts[1:], y0)
+        problem = Discretisation(
+            *(self.solver, terms, args, t0s, t1s, y0),
+            sharding=self.sharding,
+        )
         return self._solve(problem, UniformGrid(), None)
 
     def _solve(
@@ -376,8 +391,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         elif solver_state is None:
             guess, span = cold()
         else:
-            ts = problem.ts
-            same_window = (solver_state.t0 == ts[0]) & (solver_state.t1 == ts[-1])
+            t0, t1 = problem.t0s[0], problem.t1s[-1]
+            same_window = (solver_state.t0 == t0) & (solver_state.t1 == t1)
 
             def warm():
                 ys = problem.ravel_all(solver_state.ys)

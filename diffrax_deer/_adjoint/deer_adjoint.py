@@ -233,7 +233,7 @@ class DeerAdjoint(AbstractAdjoint):
             layout.ts is None,
             layout.chunk,
         )
-        linearisation = None if _are_repeated(scheme) else stepper.linearisation
+        linearisation = None if _are_repeated(scheme, solver) else stepper.linearisation
         grid = Grid(times, recording.fractions, stepper.substeps)
         problem = Problem(scheme, grid, substeps, linearisation)
         trajectory = Trajectory(
@@ -277,7 +277,7 @@ class DeerAdjoint(AbstractAdjoint):
             if times is None or event is not None or not has_tree:
                 return SequentialSteps(solver, controller, chunk)
             return KnownSteps(solver, controller, chunk, times)
-        elif times is None or not solver.grid.is_uniform:
+        elif times is None or not solver.grid.is_uniform or solver.sharding is not None:
             return Windows(solver, controller)
         substeps = solver.substeps
         if self.max_window_points is not None:
@@ -301,7 +301,7 @@ class DeerAdjoint(AbstractAdjoint):
         # Only what is asked for is kept, unless that is everything.
         subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
         is_all = saveat.dense or any(sub.steps > 0 for sub in subs)
-        is_all = is_all or not _are_repeated(scheme)
+        is_all = is_all or not _are_repeated(scheme, stepper.solver)
         ts = [sub.ts for sub in subs if sub.ts is not None]
         if is_all:
             ts = None
@@ -358,9 +358,11 @@ def _check(solver, terms, init_state):
         )
 
 
-def _are_repeated(scheme: Scheme) -> bool:
+def _are_repeated(scheme: Scheme, solver: AbstractSolver) -> bool:
     """Whether substeps are made again for their derivatives, one after the other,
     rather than kept."""
+    if type(solver) is DeerSolver and solver.sharding is not None:
+        return False
     return jax.default_backend() == "cpu" and scheme.is_explicit
 
 

@@ -21,6 +21,7 @@ from diffrax import is_okay, is_successful, RESULTS
 from jaxtyping import Array, Bool, Int, Real
 
 from .._custom_types import PyTree, RealScalarLike
+from .._time_axis import at as at_index, before
 from .._window import Iterate, Scheme
 from .event import event_values, first_crossing
 from .stepper import AbstractStepper, Made, MergedWindows
@@ -146,7 +147,6 @@ def record(
             *(scheme, index, state.tprev, state.tnext, state.y),
             *(state.solver_state, made_jump),
         )
-        ts = made.ts
         y_error = jtu.tree_map(
             lambda x: jnp.where(jnp.isnan(x), jnp.inf, x), made.y_error
         )
@@ -172,7 +172,7 @@ def record(
         new_event_values = None
         if event is not None:
             values = jax.vmap(lambda t, y: event_values(event, call_event, t, y))(
-                ts[1:], scheme.unravel_all(made.at.ys)
+                made.t1s, scheme.unravel_all(made.at.ys)
             )
             occurred, event_substep, mask = first_crossing(
                 event, state.event_values, values
@@ -357,21 +357,23 @@ def _keep(
 ) -> Recording:
     """Keeps what is needed of a window, if it is good."""
     set_at = lambda x, i, value: eqxi.buffer_at_set(x, i, value, pred=is_good)
-    ts, window, size = made.ts, recording.num_windows, layout.window_size
+    choose = lambda new, old: jnp.where(is_good, new, old)
+    window, size = recording.num_windows, layout.window_size
     first = window * size
     of_all = first + jnp.arange(size, dtype=jnp.int32)
-    starts = jnp.concatenate([scheme.ravel(y0)[None], made.at.ys[:-1]])
+    starts = before(made.at.ys, scheme.ravel(y0))
     rows, values = Rows(starts, made.at), recording.values
     num_kept, num_points = recording.num_kept, recording.num_points
     points = recording.points
     if layout.ts is None:
-        index = of_all
+        # Of a single window there is no place to be looked for.
+        index = slice(None) if layout.max_windows == 1 else of_all
     elif len(layout.ts) == 0:
         index = jnp.full(size, layout.max_kept, jnp.int32)
     else:
         # Which substeps are those that the points lie in.
         if points is None:
-            ends = jax.vmap(ft.partial(_count, layout.ts))(ts[1:])
+            ends = jax.vmap(ft.partial(_count, layout.ts))(made.t1s)
         else:
             points = _save_points(points, is_good, scheme, made)
             ends = points.number[None]
@@ -392,19 +394,20 @@ def _keep(
             set_at(values.chunks, chunk, starts[0]),
             jtu.tree_map(lambda row, x: set_at(x, index, row), rows, values.kept),
             jtu.tree_map(
-                lambda row, x: jnp.where(is_good, row[substep], x), rows, values.last
+                lambda row, x: choose(at_index(row, substep), x), rows, values.last
             ),
         ),
     )
     iterations = recording.num_iterations + made.num_iterations
     most = jnp.maximum(recording.max_window_iterations, made.num_iterations)
     new = dict(
-        t0s=set_at(recording.t0s, window, ts[0]),
-        t1s=set_at(recording.t1s, window, ts[-1]),
+        t0s=set_at(recording.t0s, window, made.t0s[0]),
+        t1s=set_at(recording.t1s, window, made.t1s[-1]),
         values=values,
         kept=set_at(recording.kept, index, of_all),
-        last_ts=tuple(
-            jnp.where(is_good, ts[substep + i], recording.last_ts[i]) for i in (0, 1)
+        last_ts=jtu.tree_map(
+            lambda row, x: choose(at_index(row, substep), x),
+            *((made.t0s, made.t1s), recording.last_ts),
         ),
         event_substep=substep,
         num_windows=window + jnp.where(is_good, 1, 0).astype(jnp.int32),
@@ -426,7 +429,7 @@ def _save_points(points: Points, is_good, scheme: Scheme, made: Made) -> Points:
     than to save all of them in the end, as what they are interpolated from is at hand.
     """
     assert made.dense_info is not None
-    ts, (t0, t1) = points.ts, (made.ts[0], made.ts[1])
+    ts, t0, t1 = points.ts, made.t0s[0], made.t1s[0]
     interpolation = scheme.interpolation(t0, t1, made.dense_info)
 
     def goes_on(carry):

@@ -15,12 +15,13 @@ from equinox import AbstractVar
 from jaxtyping import Array, Int, Real
 
 from .._custom_types import IntScalarLike, PyTree
-from .._method import AbstractMethod, DEER
-from .._scan import AbstractScan, AutoScan
+from .._method import DEER
+from .._scan import AutoScan
 from .._solver import DeerSolver, SolvedWindow
 from .._state import DeerState
-from .._window import controls, Iterate, Scheme, uniform_grid, with_controls
+from .._window import controls, Iterate, Scheme, uniform_steps, with_controls
 from .times import advance, KnownTimes
+from .trajectory import Linearisation
 
 
 # Of a sequential solver, how many steps are differentiated at once on GPUs, and how
@@ -39,7 +40,8 @@ class Made(eqx.Module):
     `solver` are divided equally. `dense_info` is that of a window which is a single
     step, and `None` for all others."""
 
-    ts: Real[Array, " size_plus_1"]
+    t0s: Real[Array, " size"]
+    t1s: Real[Array, " size"]
     fractions: Real[Array, " size_plus_1"] | None
     y1: PyTree[Array]
     y_error: PyTree[Array] | None
@@ -78,7 +80,7 @@ class AbstractStepper(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def linearisation(self) -> tuple[AbstractMethod, AbstractScan]:
+    def linearisation(self) -> Linearisation:
         """How windows are differentiated that have been kept."""
 
     @property
@@ -148,8 +150,8 @@ class AbstractSteps(AbstractStepper):
         return 1
 
     @property
-    def linearisation(self) -> tuple[AbstractMethod, AbstractScan]:
-        return DEER(), AutoScan()
+    def linearisation(self) -> Linearisation:
+        return Linearisation(DEER(), AutoScan(), None)
 
     @property
     def chosen_by(self) -> Any:
@@ -175,9 +177,20 @@ class AbstractSteps(AbstractStepper):
         )
         ks = scheme.stages(t0, t1, y0, y1, dense_info)
         at = Iterate(scheme.ravel(y1)[None], ks[None])
-        ts = jnp.stack([t0, t1])
         return Made(
-            *(ts, None, y1, y_error, at, state, result, 0, scheme.span, dense_info)
+            *(
+                t0[None],
+                t1[None],
+                None,
+                y1,
+                y_error,
+                at,
+                state,
+                result,
+                0,
+                scheme.span,
+                dense_info,
+            )
         )
 
     def grouped(self, dense_infos, fractions):
@@ -260,8 +273,9 @@ class AbstractWindows(AbstractStepper):
         return self.solver.substeps
 
     @property
-    def linearisation(self) -> tuple[AbstractMethod, AbstractScan]:
-        return self.solver.method, self.solver.scan
+    def linearisation(self) -> Linearisation:
+        solver = self.solver
+        return Linearisation(solver.method, solver.scan, solver.sharding)
 
     def chunk(self, scheme: Scheme, max_windows: int) -> int:
         del scheme, max_windows
@@ -334,14 +348,14 @@ class MergedWindows(AbstractWindows):
         return solver_state, one, self.times.starts(self.steps * one)
 
     def make(self, scheme, index, t0, t1, y0, solver_state, made_jump) -> Made:
-        del t0, solver_state, made_jump
+        del t0, t1, solver_state, made_jump
         steps = jnp.arange(self.steps + 1, dtype=jnp.int32)
         ts = self.times.starts(jnp.asarray(index) * self.steps + steps)
-        grid = eqx.filter_vmap(uniform_grid, in_axes=(0, 0, None))(
+        grid = eqx.filter_vmap(uniform_steps, in_axes=(0, 0, None))(
             ts[:-1], ts[1:], self.substeps
         )
-        grid = jnp.append(grid[:, :-1].reshape(-1), t1)
-        return _made(self.solver.solve_on(scheme.terms, grid, y0, scheme.args))
+        grid = (x.reshape(-1) for x in grid)
+        return _made(self.solver.solve_on(scheme.terms, *grid, y0, scheme.args))
 
     def unmerged(
         self, init_state: Any, solver_state: DeerState, num_steps: Int[Array, ""]
@@ -373,7 +387,8 @@ def _made(solved: SolvedWindow) -> Made:
     state = solved.state
     return Made(
         *(
-            solved.problem.ts,
+            solved.problem.t0s,
+            solved.problem.t1s,
             state.fractions,
             solved.y1,
             solved.y_error,

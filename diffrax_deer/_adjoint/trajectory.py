@@ -10,6 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractLocalInterpolation
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Real
 
 from .._custom_types import IntScalarLike, PyTree
@@ -137,6 +138,14 @@ class Grid(eqx.Module):
         return Grid(self.times.part(step, of_times), fractions, self.per_step, step)
 
 
+class Linearisation(eqx.Module):
+    """How substeps that have been kept are differentiated."""
+
+    method: AbstractMethod
+    scan: AbstractScan
+    sharding: NamedSharding | None = eqx.field(static=True)
+
+
 class Problem(eqx.Module):
     """All that the solution depends on, once every decision has been made.
 
@@ -152,7 +161,7 @@ class Problem(eqx.Module):
     scheme: Scheme
     grid: Grid
     substeps: Substeps
-    linearisation: tuple[AbstractMethod, AbstractScan] | None
+    linearisation: Linearisation | None
 
     def of_substeps(self, index: Int[Array, "*shape"]) -> tuple[Array, Array]:
         """When substeps begin and end. Those that are not used have length zero."""
@@ -172,22 +181,24 @@ class Problem(eqx.Module):
         of_all = self.substeps.of_chunk(index)
         number = self.substeps.number
         t0s, t1s = self.grid.part(of_all[0], rows)(of_all, number)
-        scheme = self.scheme
+        scheme, how = self.scheme, self.linearisation
         part = Discretisation(
             *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
             *(scheme.unravel(start), scheme.reads),
+            None if how is None else how.sharding,
         )
-        if self.linearisation is None:
+        if how is None:
             made = part.sequential()
         else:
             assert at is not None
-            method, scan = self.linearisation
             # What is not used stays where it is.
             is_used = of_all < number
             ys = jnp.where(is_used[:, None], at.ys, end[None])
             ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
             at = Iterate(scheme.read(ys), scheme.read(ks))
-            made: Iterate = implicit_solution(at, part.window, method=method, scan=scan)
+            made: Iterate = implicit_solution(
+                at, part.window, method=how.method, scan=how.scan
+            )
         whole = part.whole(made)
         return Rows(whole.starts, whole.at)
 

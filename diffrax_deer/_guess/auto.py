@@ -38,7 +38,7 @@ AutoGuess.__init__.__doc__ = """**Arguments:** None"""
 
 
 def _pick(problem: Discretisation) -> AbstractGuess:
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and problem.sharding is None:
         return CoarseGuess()
     levels, substeps = 0, problem.substeps
     while substeps > _LONG:

@@ -45,10 +45,10 @@ class ExtrapolationGuess(AbstractGuess):
             index = (substeps - 1) * jnp.arange(degree + 1, dtype=jnp.int32)
             index = index // max(degree, 1)
             if previous.fractions is None:
-                nodes = (index + 1).astype(problem.ts.dtype) / substeps
+                nodes = (index + 1).astype(problem.t1s.dtype) / substeps
             else:
                 nodes = previous.fractions[index + 1]
-            xs = 1 + (problem.ts[1:] - previous.t1) / (previous.t1 - previous.t0)
+            xs = 1 + (problem.t1s - previous.t1) / (previous.t1 - previous.t0)
             others = jnp.invert(jnp.eye(degree + 1, dtype=bool))
             distances = jnp.where(others, nodes[:, None] - nodes[None], 1)[None]
             factors = (xs[:, None, None] - nodes[None, None]) / distances
@@ -61,7 +61,7 @@ class ExtrapolationGuess(AbstractGuess):
             guess = unless_constant_is_better(problem, ys)
             return guess, jnp.array(1, jnp.int32)
 
-        return lax.cond(previous.t1 == problem.ts[0], extrapolate, first)
+        return lax.cond(previous.t1 == problem.t0s[0], extrapolate, first)
 
 
 ExtrapolationGuess.__init__.__doc__ = """**Arguments:**

@@ -12,6 +12,7 @@ from .._iterate import Iteration
 from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, AutoScan
 from .._state import DeerState
+from .._time_axis import num_parts
 from .._window import Discretisation, Iterate
 from ._coarse_grid import coarse_grid, unless_constant_is_better
 from .base import AbstractGuess
@@ -57,13 +58,19 @@ class NestedGuess(AbstractGuess):
         self, problem: Discretisation, previous: DeerState | None
     ) -> tuple[Iterate, IntScalarLike]:
         steps = problem.substeps // self.factor
-        if steps <= 1:
+        is_even = steps * self.factor == problem.substeps
+        # Each device has as many.
+        is_allowed = is_even and steps % num_parts(problem.sharding) == 0
+        if steps <= 1 or (problem.sharding is not None and not is_allowed):
             return self.guess(problem, previous)
         if self.levels == 1:
             guess = self.guess
         else:
             guess = dataclasses.replace(self, levels=self.levels - 1)
-        coarse = problem.on(coarse_grid(problem.ts, steps), self.solver)
+        if is_even:
+            coarse = problem.merged(self.factor, self.solver)
+        else:
+            coarse = problem.on(coarse_grid(problem.ts, steps), self.solver)
         iteration = Iteration(
             window=coarse.window,
             method=self.method,
@@ -78,7 +85,11 @@ class NestedGuess(AbstractGuess):
         solution = iteration.run(first)
         okay = solution.result == RESULTS.successful
         at = _where(okay, solution.at, first)
-        ys = problem.ravel_all(coarse.evaluate(at, problem.t1s))
+        if is_even:
+            ys = coarse.evaluate_within(at, problem.t1s.reshape(steps, self.factor))
+        else:
+            ys = coarse.evaluate(at, problem.t1s)
+        ys = problem.ravel_all(ys)
         # Of the last comparison, too.
         span = span + solution.span + 1
         return unless_constant_is_better(problem, ys), span

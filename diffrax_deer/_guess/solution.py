@@ -44,7 +44,7 @@ class SolutionGuess(AbstractGuess):
     ) -> tuple[Iterate, IntScalarLike]:
         del previous
         path = self.solution
-        times = problem.ts[1:] * _direction(problem.terms)
+        times = problem.t1s * _direction(problem.terms)
         # Where there is nothing, a constant is better than an extrapolation.
         low, high = jnp.minimum(path.t0, path.t1), jnp.maximum(path.t0, path.t1)
         ys = jax.vmap(path.evaluate)(jnp.clip(times, low, high))

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 
 from .._linear_algebra import Matrices, matvec, transpose
 from .._method import AbstractMethod, DEER
-from .._scan import AbstractScan, BlockwiseScan
+from .._scan import AbstractScan, whole_scan
+from .._time_axis import after, before
 from .._window import AbstractWindow, is_noisy, Iterate, noise_of_linear
 
 
@@ -36,7 +37,8 @@ def linear_solve(
         _, jacobians = method.linearise(window, window.points(at))
         return window.eliminate(jacobians())
 
-    if jax.default_backend() == "cpu" and window.is_explicit:
+    is_single = window.sharding is None
+    if jax.default_backend() == "cpu" and window.is_explicit and is_single:
         # Nothing is gained from more work at once.
         return lambda start, b: window.derivative(at, start, b)
     is_full = jax.eval_shape(lambda: eliminate(method)).A.ndim == at.ys.ndim + 1
@@ -56,15 +58,13 @@ def direct(
     """By one linear recurrence, as in an iteration of the `method`."""
     _, jacobians = method.linearise(window, window.points(at))
     system = window.eliminate(jacobians())
+    scan = whole_scan(scan, window.sharding)
 
     def solve(start, b):
         r = system.condense(b)
-        # Towards the first substep nothing else leads.
-        first = matvec(system.A[0], start) if len(r) > 0 else start
-        r = r + jnp.concatenate([first[None], jnp.zeros_like(r[1:])])
-        ys = recurrence(scan, system.A, r)
-        starts = jnp.concatenate([start[None], ys[:-1]])
-        return Iterate(ys, system.substitute(starts, b))
+        starts = before(jnp.zeros_like(r), start)
+        ys = recurrence(scan, system.A, r + matvec(system.A, starts))
+        return Iterate(ys, system.substitute(before(ys, start), b))
 
     return solve
 
@@ -73,22 +73,11 @@ def recurrence(
     scan: AbstractScan, A: Matrices, b: Float[Array, "substeps size"]
 ) -> Float[Array, "substeps size"]:
     """A scan that can be transposed."""
-    scan = BlockwiseScan(scan)
-
-    def product(x):
-        before = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
-        return x - matvec(A, before)
-
-    def transpose_solve(b):
-        A_T = transpose(A, b)
-        after = jnp.concatenate([A_T[1:], jnp.zeros_like(A_T[:1])])
-        return scan(after, b, reverse=True)
-
     return lax.custom_linear_solve(
-        product,
+        lambda x: x - matvec(A, before(x)),
         b,
         solve=lambda _, b: scan(A, b),
-        transpose_solve=lambda _, b: transpose_solve(b),
+        transpose_solve=lambda _, b: scan(after(transpose(A, b)), b, reverse=True),
     )
 
 

@@ -14,10 +14,11 @@ from jaxtyping import Array, Bool, Float, Int
 from .._custom_types import IntScalarLike, PyTree, RealScalarLike
 from .._linear_algebra import Matrices, matvec
 from .._method import AbstractMethod
-from .._scan import AbstractScan, BlockwiseScan
+from .._scan import AbstractScan, whole_scan
+from .._time_axis import after, before, first_of, running
 from .._window import AbstractWindow, is_finite, is_noisy, Iterate, up_to_front
 from .convergence import Convergence
-from .restart import first_of, restart, too_large
+from .restart import restart, too_large
 
 
 # What the rounding errors made in one evaluation amount to, in units of the precision
@@ -238,12 +239,11 @@ class Iteration(eqx.Module):
         usable = is_finite(r) & is_finite(system.A.reshape(len(r), -1))
         A = jnp.where(jnp.expand_dims(usable, range(1, system.A.ndim)), system.A, 0)
         r = jnp.where(usable[:, None], r, seen.r.ys)
-        scan = BlockwiseScan(self.scan)
+        scan = whole_scan(self.scan, self.window.sharding)
         ys, is_telling = self.method.correct(scan, A, r, seen.at.ys)
         # This changes nothing, unless the scan makes rounding errors larger than ours.
         ys = jnp.where(seen.is_known[:, None], r, ys)
-        starts = jnp.concatenate([jnp.zeros_like(ys[:1]), ys[:-1]])
-        delta = Iterate(ys, system.substitute(starts, seen.r))
+        delta = Iterate(ys, system.substitute(before(ys), seen.r))
         return delta, is_telling, _terms(J, seen.points)
 
     def lost(
@@ -311,7 +311,7 @@ class _Seen(eqx.Module):
     @property
     def followed(self) -> Bool[Array, " substeps"]:
         """Which substeps end where the next one leads to anything."""
-        return jnp.concatenate([self.exists[1:], jnp.array([True])])
+        return after(self.exists, True)
 
     def corrected(self, delta: Iterate) -> tuple[Iterate, Bool[Array, " substeps"]]:
         """The next iterate, and where it is of any use."""
@@ -340,8 +340,8 @@ def _excesses(r: Iterate, bound: Iterate) -> Float[Array, " substeps"]:
 
 
 def _drift(window: AbstractWindow, r: Iterate, rounding: Iterate) -> Float[Array, ""]:
-    total = jnp.abs(jnp.cumsum(window.net(r), axis=0))
-    bound = lax.cummax(rounding.ys, axis=0)
+    total = jnp.abs(running(jnp.cumsum, jnp.add, window.net(r), window.sharding))
+    bound = running(lax.cummax, jnp.maximum, rounding.ys, window.sharding)
     number = jnp.arange(1, len(total) + 1, dtype=bound.dtype)[:, None]
     ratio = jnp.where(total == 0, 0, total / (jnp.sqrt(number) * bound))
     return jnp.max(ratio, initial=0)

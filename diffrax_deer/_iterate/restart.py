@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._time_axis import at as at_index, first_of
 from .._window import AbstractWindow, Iterate
 
 
@@ -23,7 +24,7 @@ def too_large(
     where it is roughly known."""
     size = jnp.max(jnp.abs(new.ys), axis=1, keepdims=True, initial=0)
     is_rough = jnp.any(jnp.abs(delta.ys) > _ROUGHLY * size, axis=1)
-    known = (jnp.cumsum(is_rough) == 0)[:, None]
+    known = (jnp.arange(len(is_rough)) < first_of(is_rough))[:, None]
     size = jnp.max(jnp.where(known, jnp.abs(new.ys), 0), axis=0)
     size = jnp.maximum(size, jnp.abs(y0))
     limit = _LIMIT * jnp.maximum(size, _SMALLEST * jnp.max(size, initial=0))
@@ -32,16 +33,10 @@ def too_large(
     return jnp.any(largest > limit[None], axis=1)
 
 
-def first_of(is_lost: Bool[Array, " substeps"]) -> Int[Array, ""]:
-    """The index of the first one, or their number if there is none."""
-    first = jnp.where(jnp.any(is_lost), jnp.argmax(is_lost), len(is_lost))
-    return first.astype(jnp.int32)
-
-
 def restart(window: AbstractWindow, at: Iterate, first: Int[Array, ""]) -> Iterate:
     """From this substep on, takes the last value before it for a constant."""
     substeps = len(at.ys)
     again = (jnp.arange(substeps, dtype=jnp.int32) >= first)[:, None]
-    last = window.starts(at.ys)[jnp.minimum(first, substeps - 1)]
+    last = at_index(window.starts(at.ys), jnp.minimum(first, substeps - 1))
     ys = jnp.where(again, last[None], at.ys)
     return Iterate(ys, jnp.where(again[..., None, None], 0, at.ks))

@@ -1,7 +1,16 @@
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from .._linear_algebra import blockwise, Matrices
 from .base import AbstractScan
+from .sharded import ShardedScan
+
+
+def whole_scan(scan: AbstractScan, sharding: NamedSharding | None) -> AbstractScan:
+    """The same, also of blocks, and of a time axis that is divided over devices."""
+    if sharding is not None:
+        scan = ShardedScan(scan, sharding)
+    return BlockwiseScan(scan)
 
 
 class BlockwiseScan(AbstractScan):

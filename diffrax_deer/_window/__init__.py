@@ -14,7 +14,7 @@ from .discretisation import Discretisation as Discretisation
 from .interpolation import (
     grid_time as grid_time,
     time_at as time_at,
-    uniform_grid as uniform_grid,
+    uniform_steps as uniform_steps,
     WindowInterpolationFactory as WindowInterpolationFactory,
 )
 from .one_step import (

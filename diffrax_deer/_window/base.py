@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from equinox import AbstractVar
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Shaped
 
 from .._custom_types import PyTree
 from .._linear_algebra import Matrices
+from .._time_axis import before, first_of
 from .rounding import nearby, noise
 
 
@@ -66,11 +68,13 @@ class AbstractWindow(eqx.Module):
     - `y0`: the value at the start of the window.
     - `xs`: what else the substeps depend on. A PyTree with a leading axis `substeps`.
     - `eps`: the precision of the least precise part of the state.
+    - `sharding`: how the time axis is divided over devices. `None` if it is not.
     """
 
     y0: AbstractVar[Float[Array, " size"]]
     xs: AbstractVar[PyTree[Shaped[Array, "substeps ..."]]]
     eps: AbstractVar[float]
+    sharding: AbstractVar[NamedSharding | None]
 
     @property
     @abc.abstractmethod
@@ -161,7 +165,7 @@ class AbstractWindow(eqx.Module):
         self, ys: Float[Array, "substeps size"]
     ) -> Float[Array, "substeps size"]:
         """The values at the start of every substep, from those at their ends."""
-        return jnp.concatenate([self.y0[None], ys[:-1]])
+        return before(ys, self.y0)
 
     def values(
         self, points: Float[Array, "substeps points size"]
@@ -191,5 +195,4 @@ def is_finite(x: Float[Array, "*shape size"]) -> Array:
 def up_to_front(is_open: Bool[Array, " substeps"]) -> Bool[Array, " substeps"]:
     """Which substeps begin with a final value, given which of them leave a residual:
     all before the first one of these, and that one."""
-    front = jnp.where(jnp.any(is_open), jnp.argmax(is_open), len(is_open))
-    return jnp.arange(len(is_open), dtype=jnp.int32) <= front.astype(jnp.int32)
+    return jnp.arange(len(is_open), dtype=jnp.int32) <= first_of(is_open)

@@ -1,10 +1,12 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractSolver
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Real
 
 from .._custom_types import PyTree, Terms
@@ -28,6 +30,7 @@ class Discretisation(eqx.Module):
     - `window`: all of its steps, to be solved jointly, for those leaves of the state
         that the vector field reads. The others are no unknowns.
     - `reads`: which leaves these are.
+    - `sharding`: how the time axis is divided over devices. `None` if it is not.
     """
 
     solver: AbstractSolver[Any]
@@ -38,6 +41,7 @@ class Discretisation(eqx.Module):
     y0: PyTree[Array]
     window: AbstractWindow
     reads: tuple[bool, ...] = eqx.field(static=True)
+    sharding: NamedSharding | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -48,14 +52,15 @@ class Discretisation(eqx.Module):
         t1s: Real[Array, " substeps"],
         y0: PyTree[Array],
         reads: tuple[bool, ...] | None = None,
+        sharding: NamedSharding | None = None,
     ):
         self.solver, self.terms, self.args = solver, terms, args
         self.t0s, self.t1s, self.y0 = t0s, t1s, y0
         if reads is None:
             reads = leaves_read(solver, terms, t0s[0], t1s[0], y0, args)
-        self.reads = reads
+        self.reads, self.sharding = reads, sharding
         core = self.core
-        self.window = core.window(t0s, t1s, core.ravel(core.y0))
+        self.window = core.window(t0s, t1s, core.ravel(core.y0), sharding)
 
     @property
     def scheme(self) -> Scheme:
@@ -94,12 +99,15 @@ class Discretisation(eqx.Module):
         solver: AbstractSolver[Any] | None = None,
     ) -> "Discretisation":
         """The same on another grid."""
-        # Of another solver, all leaves may have to be solved for.
-        reads = self.reads if solver is None else None
-        solver = self.solver if solver is None else solver
-        return Discretisation(
-            *(solver, self.terms, self.args, ts[:-1], ts[1:], self.y0, reads)
-        )
+        return self._with(ts[:-1], ts[1:], solver)
+
+    def merged(
+        self, factor: int, solver: AbstractSolver[Any] | None = None
+    ) -> "Discretisation":
+        """The same with `factor` steps at a time taken as one. Must be a divisor."""
+        rows = lambda x: x.reshape(-1, factor)
+        t0s, t1s = rows(self.t0s)[:, 0], rows(self.t1s)[:, -1]
+        return self._with(t0s, t1s, solver)
 
     def sequential(self) -> Iterate:
         """The solution, by one step after the other."""
@@ -140,6 +148,19 @@ class Discretisation(eqx.Module):
         infos = jtu.tree_map(lambda x: x[index], infos)
         return self.scheme.evaluate(ts, self.t0s[index], self.t1s[index], infos)
 
+    def evaluate_within(
+        self, at: Iterate, ts: Real[Array, "substeps times"]
+    ) -> PyTree[Array]:
+        """The same, at as many times in each of the substeps."""
+
+        def row(ts, t0, t1, info):
+            interpolation = self.scheme.interpolation(t0, t1, info)
+            return jax.vmap(interpolation.evaluate)(ts)
+
+        infos = self.outputs(self.whole(at)).dense_info
+        ys = jax.vmap(row)(ts, self.t0s, self.t1s, infos)
+        return jtu.tree_map(lambda y: y.reshape(ts.size, *y.shape[2:]), ys)
+
     def ravel_all(self, ys: PyTree[Array]) -> Float[Array, "substeps size"]:
         """Of those leaves that are read. The others need not be there."""
         ys = self.scheme.split.read(ys)
@@ -148,3 +169,11 @@ class Discretisation(eqx.Module):
     def unravel_all(self, ys: Float[Array, "length size"]) -> PyTree[Array]:
         """The inverse, with `None` for what is not read."""
         return self.core.unravel_all(ys)
+
+    def _with(self, t0s, t1s, solver):
+        # Of another solver, all leaves may have to be solved for.
+        reads = self.reads if solver is None else None
+        solver = self.solver if solver is None else solver
+        return Discretisation(
+            *(solver, self.terms, self.args, t0s, t1s, self.y0, reads, self.sharding)
+        )

@@ -10,11 +10,13 @@ from jaxtyping import Array, Int, Real
 from .._custom_types import PyTree, RealScalarLike
 
 
-def uniform_grid(
+def uniform_steps(
     t0: RealScalarLike, t1: RealScalarLike, substeps: int
-) -> Real[Array, " substeps_plus_1"]:
+) -> tuple[Real[Array, " substeps"], Real[Array, " substeps"]]:
     """The times at which the substeps of the window `[t0, t1]` begin and end."""
-    return grid_time(t0, t1, substeps, jnp.arange(substeps + 1))
+    index = jnp.arange(substeps)
+    starts, ends = (grid_time(t0, t1, substeps, i) for i in (index, index + 1))
+    return starts, ends
 
 
 def grid_time(

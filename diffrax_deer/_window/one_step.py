@@ -13,6 +13,7 @@ from diffrax import (
     AbstractSRK,
     RESULTS,
 )
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Real
 
 from .._custom_types import PyTree, Terms
@@ -161,6 +162,7 @@ class StepWindow(AbstractMapWindow):
     xs: tuple[Array, Array, PyTree[Array]]
     y0: Float[Array, " size"]
     eps: float
+    sharding: NamedSharding | None = eqx.field(static=True)
 
     def value(
         self, x: PyTree[Array], points: Float[Array, "1 size"]

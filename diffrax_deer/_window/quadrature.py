@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractTerm
 from jax.interpreters import partial_eval as pe
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
+from .._time_axis import before, running
 from .base import Iterate
 from .elimination import weighted
 from .stages import all_stages
@@ -108,7 +110,7 @@ class Whole(eqx.Module):
 
     @property
     def starts(self) -> Float[Array, "substeps size"]:
-        return jnp.concatenate([self.y0[None], self.at.ys[:-1]])
+        return before(self.at.ys, self.y0)
 
 
 def integrate(
@@ -117,11 +119,15 @@ def integrate(
     xs: PyTree[Array],
     points: Float[Array, "substeps stages _size"],
     y0: Float[Array, " size"],
+    sharding: NamedSharding | None,
 ) -> Whole:
     """The steps of what is not read, which are sums. Of each part there is a function
     `(control, time, vector) -> vector` of what is read, to be evaluated at `points`."""
     substeps, shape = len(points), (*tableau.b.shape, y0.size)
     most = _MAX_BYTES // max(math.prod(shape) * y0.dtype.itemsize, 1)
+    if sharding is not None:
+        # On each of the devices there is less.
+        most = substeps
     divisors = (n for n in range(1, substeps + 1) if substeps % n == 0)
     chunk = max(n for n in divisors if n <= max(most, 1))
     is_optional = jnp.asarray(tableau.is_optional)[..., None]
@@ -132,7 +138,8 @@ def integrate(
         # As in an iteration: no failure, but an error estimate made of it is large.
         too_much = is_optional & jnp.invert(jnp.isfinite(ks))
         ks = jnp.where(too_much, jnp.finfo(ks.dtype).max / 8, ks)
-        ys = y + jnp.cumsum(weighted(tableau.b, ks), axis=0)
+        increments = weighted(tableau.b, ks)
+        ys = y + running(jnp.cumsum, jnp.add, increments, sharding)
         return ys[-1], (Iterate(ys, ks), weighted(tableau.b_error, ks))
 
     # All that is not asked for, such as any of it but the last value, is dead code.

@@ -13,9 +13,11 @@ from diffrax import (
     MultiTerm,
     RESULTS,
 )
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Real
 
 from .._custom_types import DenseInfo, PyTree, RealScalarLike, Terms, Y
+from .._time_axis import at as at_index, divided
 from .base import AbstractWindow, Iterate
 from .control import batched, controls
 from .elimination import weighted
@@ -84,19 +86,23 @@ class Scheme(eqx.Module):
         t0s: Real[Array, " substeps"],
         t1s: Real[Array, " substeps"],
         y0: Float[Array, " size"],
+        sharding: NamedSharding | None = None,
     ) -> AbstractWindow:
         """The equations of many steps."""
-        eps, tableau, xs = precision(self.y0), self.tableau, self.inputs(t0s, t1s)
+        eps, tableau = precision(self.y0), self.tableau
+        xs = divided(self.inputs(*divided((t0s, t1s), sharding)), sharding)
         x = t0, _, first_controls = jtu.tree_map(lambda x: x[0], xs)
         if tableau is None:
             fn = lambda x, y: self.ravel(self.step(x, self.unravel(y)).y1)
             fn = eqx.filter_closure_convert(fn, x, y0)
-            return StepWindow(fn=fn, xs=xs, y0=y0, eps=eps)
+            return StepWindow(fn=fn, xs=xs, y0=y0, eps=eps, sharding=sharding)
         fns = []
         for term, control in zip(_parts(tableau, self.terms), first_controls):
             fn = ft.partial(self._increment, term)
             fns.append(eqx.filter_closure_convert(fn, control, t0, y0))
-        return StageWindow(fns=tuple(fns), xs=xs, y0=y0, eps=eps, tableau=tableau)
+        return StageWindow(
+            fns=tuple(fns), xs=xs, y0=y0, eps=eps, sharding=sharding, tableau=tableau
+        )
 
     def inputs(
         self, t0s: Real[Array, " steps"], t1s: Real[Array, " steps"]
@@ -163,7 +169,7 @@ class Scheme(eqx.Module):
         """All that is not read as well, if these are the steps of what is."""
         tableau, split = self.tableau, self.split
         errors = None if tableau is None else weighted(tableau.b_error, at.ks)
-        whole = Whole(window.y0, at.ys[-1], at, errors)
+        whole = Whole(window.y0, at_index(at.ys, len(at.ys) - 1), at, errors)
         if split.is_trivial:
             return whole
         assert tableau is not None
@@ -177,7 +183,9 @@ class Scheme(eqx.Module):
         terms = _parts(tableau, self.terms)
         fns = tuple(ft.partial(increment, term) for term in terms)
         points = window.points(at)
-        unread = integrate(fns, tableau, window.xs, points, ravel(y0, y0))
+        unread = integrate(
+            *(fns, tableau, window.xs, points, ravel(y0, y0), window.sharding)
+        )
         return jtu.tree_map(self._join, whole, unread)
 
     def read(self, x: Float[Array, "*shape size"]) -> Float[Array, "*shape _size"]:

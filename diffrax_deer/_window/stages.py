@@ -7,10 +7,12 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
 from .._linear_algebra import Matrices
+from .._time_axis import after, before
 from .base import AbstractElimination, AbstractWindow, Iterate
 from .elimination import BlockElimination, StageElimination, weighted
 from .tableau import Tableau
@@ -60,6 +62,7 @@ class StageWindow(AbstractWindow):
     xs: tuple[Array, Array, PyTree[Array]]
     y0: Float[Array, " size"]
     eps: float
+    sharding: NamedSharding | None = eqx.field(static=True)
     tableau: Tableau = eqx.field(static=True)
 
     @property
@@ -126,16 +129,16 @@ class StageWindow(AbstractWindow):
         increments = ys - self.starts(ys)
         # A window may be padded with substeps of length zero.
         average = jnp.where(dt == 0, 0, increments / jnp.where(dt == 0, 1, dt))
-        if len(ys) == 1:
-            slopes = jnp.concatenate([average, average])
-        else:
-            both = jnp.where(dt[1:] == 0, 1, dt[:-1] + dt[1:])
-            inner = (dt[1:] * average[:-1] + dt[:-1] * average[1:]) / both
-            first, last = 2 * average[:1] - inner[:1], 2 * average[-1:] - inner[-1:]
-            slopes = jnp.concatenate([first, inner, last])
+        both = jnp.where(dt == 0, 1, before(dt) + dt)
+        inner = (dt * before(average) + before(dt) * average) / both
+        index = jnp.arange(len(ys), dtype=jnp.int32)[:, None]
+        is_first, is_last = index == 0, index == len(ys) - 1
+        from_inside = jnp.where(is_last, average, after(inner))
+        starts = jnp.where(is_first, 2 * average - from_inside, inner)
+        ends = jnp.where(is_last, 2 * average - starts, from_inside)
         c = jnp.asarray(self.tableau.c, ys.dtype)[None, :, :, None]
         row = lambda x: x[:, None, None]
-        k0, k1 = row(dt * slopes[:-1]), row(dt * slopes[1:])
+        k0, k1 = row(dt * starts), row(dt * ends)
         ks = 6 * c * (1 - c) * row(increments)
         ks = ks + (1 - c) * (1 - 3 * c) * k0 + c * (3 * c - 2) * k1
         return Iterate(ys, ks / self.tableau.parts)
