@@ -41,7 +41,6 @@ from ._window import (
     AbstractWindow,
     Discretisation,
     Iterate,
-    leaves_read,
     ravel,
     Split,
     tableau_of,
@@ -323,7 +322,7 @@ def diagnose(
     okay = infos["okay"] == 1
     solved = float(np.sum(np.abs(np.diff(ts)), where=okay))
     growth = float(np.sum(infos["growth"], where=okay))
-    reads = leaves_read(solver.solver, terms, t0, t1, y0, args)
+    reads = solver.leaves_read(terms, t0, t1, y0, args)
     size = sum(np.size(leaf) for leaf in jtu.tree_leaves(Split(y0, reads).read(y0)))
     return Report(
         solver=solver,

@@ -216,7 +216,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         y0: Y,
         args: Args,
     ) -> DeerState:
-        reads = leaves_read(self.solver, terms, t0, t1, y0, args)
+        reads = self.leaves_read(terms, t0, t1, y0, args)
         # Equal to the times of no window.
         never, zero = jnp.full_like(t0, jnp.nan), jnp.array(0, jnp.int32)
         fractions, required_substeps = self.grid.init(self.substeps, never.dtype)
@@ -259,7 +259,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         solver_state: DeerState,
     ) -> "SolvedWindow":
         """On a grid of its own."""
-        reads = leaves_read(self.solver, terms, t0, t1, y0, args)
+        reads = self.leaves_read(terms, t0, t1, y0, args)
         self.check_solver_state(solver_state, y0, reads)
         steps = uniform_steps(t0, t1, self.substeps)
         t0s, t1s = divided(steps, self.sharding)
@@ -271,6 +271,26 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             *(self.solver, terms, args, t0s, t1s, y0, reads, self.sharding)
         )
         return self._solve(problem, self.grid, solver_state)
+
+    def leaves_read(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+    ) -> tuple[bool, ...]:
+        """Which leaves of the state are unknowns."""
+
+        def is_sequential():
+            everything = (True,) * len(jtu.tree_leaves(y0))
+            steps = uniform_steps(t0, t1, self.substeps)
+            problem = Discretisation(
+                *(self.solver, terms, args, *steps, y0, everything, self.sharding)
+            )
+            return self.guess.is_solution(problem)
+
+        return leaves_read(self.solver, terms, t0, t1, y0, args, is_sequential)
 
     def solve_on(
         self,

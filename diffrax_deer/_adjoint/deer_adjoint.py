@@ -171,13 +171,14 @@ class DeerAdjoint(AbstractAdjoint):
         # These are caches and guesses, and not differentiable.
         del passed_solver_state, passed_controller_state
         _check(solver, terms, init_state)
-        one_step_solver = solver.solver if type(solver) is DeerSolver else solver
-        reads = leaves_read(
-            *(one_step_solver, terms, t0, init_state.tnext, init_state.y, args)
-        )
+        y0 = init_state.y
+        of_first = terms, t0, init_state.tnext, y0, args
         if type(solver) is DeerSolver:
-            solver.check_solver_state(init_state.solver_state, init_state.y, reads)
-        scheme = Scheme(one_step_solver, terms, args, init_state.y, reads)
+            one_step_solver, reads = solver.solver, solver.leaves_read(*of_first)
+            solver.check_solver_state(init_state.solver_state, y0, reads)
+        else:
+            one_step_solver, reads = solver, leaves_read(solver, *of_first)
+        scheme = Scheme(one_step_solver, terms, args, y0, reads)
         if are_known(stepsize_controller):
             times = KnownTimes(
                 *(stepsize_controller, init_state.controller_state),
@@ -185,7 +186,7 @@ class DeerAdjoint(AbstractAdjoint):
             )
         else:
             times = None
-        y0 = ravel(init_state.y, init_state.y)
+        y0 = ravel(y0, y0)
         stepper = self._stepper(
             *(solver, stepsize_controller, times, event, max_steps, scheme.read(y0)),
             has_tree(terms),

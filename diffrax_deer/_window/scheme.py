@@ -247,18 +247,29 @@ def leaves_read(
     t1: Any,
     y0: PyTree[Array],
     args: PyTree[Any],
+    is_sequential: Callable[[], bool] = lambda: False,
 ) -> tuple[bool, ...]:
     """Which leaves of the state the vector field reads. All if the solver is not a
-    Runge--Kutta method, as then nothing is known of what it evaluates."""
-    tableau = tableau_of(solver)
+    Runge--Kutta method, as then nothing is known of what it evaluates.
+
+    If steps are made one after the other, then what is not read costs least on the way,
+    and is only told apart if it is large. (It would have to be stored.)
+    """
+    leaves, tableau = jtu.tree_leaves(y0), tableau_of(solver)
+    everything = (True,) * len(leaves)
     if tableau is None:
-        return (True,) * len(jtu.tree_leaves(y0))
+        return everything
 
     def increments(y):
         parts = _parts(tableau, terms)
         return [part.vf_prod(t0, y, args, part.contr(t0, t1)) for part in parts]
 
-    return which_are_read(increments, y0)
+    reads = which_are_read(increments, y0)
+    size = lambda kind: sum(
+        x.size for x, is_read in zip(leaves, reads) if is_read == kind
+    )
+    is_small = size(False) <= size(True)
+    return everything if is_small and not all(reads) and is_sequential() else reads
 
 
 def _parts(tableau: Tableau | None, terms: Any) -> tuple[AbstractTerm, ...]:
