@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from diffrax import AbstractSolver, LeapfrogMidpoint, ReversibleHeun
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from ._custom_types import PyTree
 from ._time_axis import num_parts
@@ -107,6 +107,12 @@ def check_sharding(x: Any, length: int, name: str) -> None:
             f"`{name}` must say which axis of a mesh of devices the time axis is "
             "divided over, for example `jax.sharding.NamedSharding(mesh, "
             f'jax.sharding.PartitionSpec("time"))`, got {x}.'
+        )
+    if any(kind != AxisType.Auto for kind in x.mesh.axis_types):
+        raise ValueError(
+            f"`{name}` needs a mesh on which XLA finds out how everything else is "
+            "divided: `jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto, "
+            f"...))`, with one for each axis. Got {x.mesh.axis_types}."
         )
     parts = num_parts(x)
     if length % parts != 0:

@@ -8,7 +8,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, Shaped
 
 from ._custom_types import PyTree
@@ -18,7 +18,6 @@ def divided(xs: PyTree[Array], sharding: NamedSharding | None) -> PyTree[Array]:
     """The same, with the leading axis divided over devices."""
     if sharding is None:
         return xs
-    sharding = NamedSharding(_mesh(sharding), sharding.spec)
     return jtu.tree_map(lambda x: lax.with_sharding_constraint(x, sharding), xs)
 
 
@@ -73,7 +72,7 @@ def on_each(fn: Callable, sharding: NamedSharding) -> Callable:
     spec = PartitionSpec(sharding.spec[0])
     return jax.shard_map(
         fn,
-        mesh=_mesh(sharding),
+        mesh=sharding.mesh,
         in_specs=spec,
         out_specs=spec,
         axis_names=set(axis_names(sharding)),
@@ -95,14 +94,6 @@ def num_parts(sharding: NamedSharding | None) -> int:
     for name in axis_names(sharding):
         number *= sharding.mesh.shape[name]
     return number
-
-
-def _mesh(sharding):
-    # One on which XLA finds the sharding of whatever is not said, as vector fields may
-    # do anything.
-    mesh = sharding.mesh
-    axis_types = (AxisType.Auto,) * len(mesh.axis_names)
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
 
 
 def _is_at(x, index):

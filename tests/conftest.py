@@ -17,6 +17,8 @@ import pytest
 
 
 jax.config.update("jax_enable_x64", True)
+# For what is divided over several of them.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 # To trace makes many objects, and few that the collector finds: a tenth of the time.

@@ -1,15 +1,15 @@
 """The time axis over several devices, which here are parts of a CPU."""
 
+import dataclasses
+import math
 import re
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import pytest
 from diffrax_deer import (
-    ConstantGuess,
+    AdaptiveGrid,
     deer_scan,
     DeerAdjoint,
     DeerSolver,
@@ -18,53 +18,148 @@ from diffrax_deer import (
     NestedGuess,
     QuasiDEER,
 )
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from .helpers import diffeqsolve, max_error, problem, SaveAt, split_problem
+from .helpers import deer, diffeqsolve, max_error, problem, SaveAt
 
 
 def over_time(*shape, names=("time",)):
-    mesh = jax.make_mesh(shape, names, devices=jax.devices()[: jnp.prod(jnp.array(shape))])
+    devices = jax.devices()[: math.prod(shape)]
+    kinds = (AxisType.Auto,) * len(shape)
+    mesh = jax.make_mesh(shape, names, devices=devices, axis_types=kinds)
     return NamedSharding(mesh, P("time"))
 
 
 default = diffrax.RecursiveCheckpointAdjoint()
-at_end, within = SaveAt(t1=True), SaveAt(ts=jnp.array([0.1, 0.35, 0.77]), t1=True)
+ends = SaveAt(t1=True)
+points = SaveAt(ts=jnp.array([0.1, 0.35, 0.77]), t1=True)
 
 
-def solve(sharding, solver, adjoint=default, saveat=at_end, substeps=32, **kwargs):
-    term, y0, args = problem()
+def solved(solver, adjoint, saveat, y0, args):
+    term, *_ = problem()
+    sol = diffeqsolve(
+        *(term, solver, 0.0, 1.0, 1.0, y0, args),
+        adjoint=adjoint,
+        saveat=saveat,
+        max_steps=1,
+    )
+    return sol.ys
 
-    def value(y0, args):
-        sol = diffeqsolve(
-            term,
-            DeerSolver(solver, substeps, sharding=sharding, **kwargs),
-            *(0.0, 1.0, 1.0, y0, args),
-            adjoint=adjoint,
-            saveat=saveat,
-            max_steps=1,
-        )
-        return jnp.sum(jnp.sin(sol.ys)), (sol.ys, sol.stats)
 
-    fn = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-    return jax.jit(fn)(y0, args)
+def value_and_grad(*args):
+    loss = lambda y0, x: jnp.sum(jnp.sin(solved(*args, y0, x)))
+    return jax.value_and_grad(loss, argnums=(0, 1))
 
 
 @pytest.mark.parametrize(
-    "solver,adjoint,saveat,kwargs",
+    "adjoint,saveat,solver",
     (
-        (diffrax.Tsit5(), default, at_end, {}),
-        (diffrax.Tsit5(), DeerAdjoint(), within, dict(guess=NestedGuess())),
-        (GaussLegendre(2), DeerAdjoint(), at_end, dict(method=ELK())),
-        (diffrax.Heun(), diffrax.DirectAdjoint(), within, dict(method=QuasiDEER())),
+        (default, ends, deer(diffrax.Tsit5(), 32)),
+        (DeerAdjoint(), points, DeerSolver(diffrax.Tsit5(), 128, guess=NestedGuess(2))),
+        (DeerAdjoint(), ends, deer(GaussLegendre(2), 16, method=ELK())),
+        (diffrax.DirectAdjoint(), points, deer(diffrax.Heun(), 16, method=QuasiDEER())),
+        (DeerAdjoint(), points, deer(diffrax.Bosh3(), 32, grid=AdaptiveGrid())),
     ),
-    ids=("default", "nested", "ELK", "quasi"),
+    ids=("plain", "nested", "ELK", "quasi", "grid"),
 )
-def test_as_on_one_device(solver, adjoint, saveat, kwargs):
-    args = (solver, adjoint, saveat)
-    kwargs = dict(guess=ConstantGuess()) | kwargs
-    (expected, aux), expected_grad = solve(None, *args, **kwargs)
-    (value, new_aux), grad = solve(over_time(8), *args, **kwargs)
-    ys, new_ys = aux[0], new_aux[0]
-    assert max_error(new_ys, ys) < 1e-12
-    assert max_error(grad, expected_grad) < 1e-10
+def test_as_on_one_device(adjoint, saveat, solver):
+    _, y0, args = problem()
+
+    def run(sharding):
+        divided = dataclasses.replace(solver, sharding=sharding)
+        return jax.jit(value_and_grad(divided, adjoint, saveat))(y0, args)
+
+    assert max_error(run(over_time(8)), run(None)) < 1e-11
+
+
+# Also that the time axis is divided over two axes of the mesh, or not at all.
+@pytest.mark.parametrize("shape", ((1,), (2, 4)), ids=str)
+def test_meshes(shape):
+    _, y0, args = problem()
+    names = ("host", "time")[-len(shape) :]
+    sharding = NamedSharding(over_time(*shape, names=names).mesh, P(names))
+    solver = deer(diffrax.Tsit5(), 32)
+    run = lambda solver: solved(solver, DeerAdjoint(), ends, y0, args)
+    actual = run(dataclasses.replace(solver, sharding=sharding))
+    assert max_error(actual, run(solver)) < 1e-12
+
+
+def test_batches():
+    _, y0, args = problem()
+    y0s = y0 * jnp.linspace(0.5, 1.5, 4)[:, None]
+    sharding = over_time(2, 4, names=("batch", "time"))
+    solver = deer(diffrax.Tsit5(), 32)
+
+    def gradients(solver):
+        one = value_and_grad(solver, DeerAdjoint(), points)
+        return jax.jit(jax.vmap(one, in_axes=(0, None)))
+
+    expected = gradients(solver)(y0s, args)
+    divided = gradients(dataclasses.replace(solver, sharding=sharding))
+    mesh = sharding.mesh
+    y0s = jax.device_put(y0s, NamedSharding(mesh, P("batch")))
+    compiled = divided.lower(y0s, args).compile()
+    assert max_error(compiled(y0s, args), expected) < 1e-11
+    # Each device has half of the batch, and a quarter of the time axis.
+    assert "f64[2,8,3]" in compiled.as_text()
+    assert "f64[4,8,3]" not in compiled.as_text()
+
+
+LENGTH = 128 * 127
+
+
+def sizes(program):
+    """The lengths of all axes of all arrays."""
+    shapes = re.findall(r"[a-z]\d+\[([\d,]+)\]", program)
+    return {int(size) for shape in shapes for size in shape.split(",")}
+
+
+@pytest.mark.parametrize(
+    "adjoint,saveat,solver",
+    (
+        (default, ends, DeerSolver(diffrax.Tsit5(), LENGTH)),
+        (DeerAdjoint(), points, DeerSolver(GaussLegendre(3), LENGTH)),
+    ),
+    ids=("default", "DeerAdjoint"),
+)
+def test_no_device_has_it_all(adjoint, saveat, solver):
+    # Nor a multiple of it. (As it is 128 times a prime number, and there are few other
+    # powers of 2.) And what they exchange does not depend on how long it is.
+    _, y0, args = problem()
+    solver = dataclasses.replace(solver, sharding=over_time(8))
+    fn = jax.jit(value_and_grad(solver, adjoint, saveat))
+    program = fn.lower(y0, args).compile().as_text()
+    assert not any(size % LENGTH in (0, 1) for size in sizes(program) - {1})
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", program)
+    assert len(gathered) > 0
+    assert max(math.prod(map(int, x.split(","))) for x in gathered) == 8 * 3 * 3
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+def test_recurrence(reverse):
+    xs = jnp.sin(jnp.arange(32.0))
+
+    def loss(init, xs, **kwargs):
+        f = lambda carry, x: (jnp.tanh(weight @ carry + x), carry[0])
+        return jnp.sum(deer_scan(f, init, xs, reverse=reverse, **kwargs)[1])
+
+    weight, init = jnp.array([[0.4, -1.1], [0.9, 0.3]]), jnp.array([0.3, -0.2])
+    run = lambda **kwargs: jax.jit(
+        jax.value_and_grad(lambda *x: loss(*x, **kwargs), argnums=(0, 1))
+    )(init, xs)
+    assert max_error(run(sharding=over_time(4)), run()) < 1e-12
+
+
+def test_refused():
+    sharding = over_time(8)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        DeerSolver(substeps=20, sharding=sharding)
+    explicit = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match="AxisType.Auto"):
+        DeerSolver(substeps=16, sharding=NamedSharding(explicit, P("time")))
+    for wrong in ("time", sharding.mesh, NamedSharding(sharding.mesh, P())):
+        with pytest.raises(TypeError, match=r"DeerSolver\(sharding"):
+            DeerSolver(substeps=16, sharding=wrong)
+    with pytest.raises(ValueError, match=r"deer_scan\(sharding"):
+        f = lambda carry, x: (carry, None)
+        deer_scan(f, jnp.zeros(1), jnp.zeros(9), sharding=sharding)

@@ -17,6 +17,7 @@ from .._custom_types import IntScalarLike, PyTree
 from .._implicit import as_known, implicit_solution, with_zeros
 from .._method import AbstractMethod
 from .._scan import AbstractScan
+from .._time_axis import at as at_index, divided
 from .._window import Discretisation, grid_time, Iterate, Scheme, time_at
 from .times import AbstractTimes
 
@@ -167,6 +168,11 @@ class Problem(eqx.Module):
         """When substeps begin and end. Those that are not used have length zero."""
         return self.grid(index, self.substeps.number)
 
+    @property
+    def sharding(self) -> NamedSharding | None:
+        """How substeps are divided over devices."""
+        return None if self.linearisation is None else self.linearisation.sharding
+
     def chunk(
         self,
         index: Int[Array, ""],
@@ -178,14 +184,13 @@ class Problem(eqx.Module):
         """The substeps of a chunk, as a function of all that they depend on. `rows` are
         what is stored of its steps, `at` its values if these have been kept, and `end`
         is the last value of all."""
-        of_all = self.substeps.of_chunk(index)
+        of_all = divided(self.substeps.of_chunk(index), self.sharding)
         number = self.substeps.number
-        t0s, t1s = self.grid.part(of_all[0], rows)(of_all, number)
+        t0s, t1s = self.grid.part(self.substeps.per_chunk * index, rows)(of_all, number)
         scheme, how = self.scheme, self.linearisation
         part = Discretisation(
             *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
-            *(scheme.unravel(start), scheme.reads),
-            None if how is None else how.sharding,
+            *(scheme.unravel(start), scheme.reads, self.sharding),
         )
         if how is None:
             made = part.sequential()
@@ -249,29 +254,30 @@ def _(primals, tangents, *, is_kept, needs_chunks):
 
     def body(carry, index, x):
         t_start, t_kept, t_last, t_chunk = carry
-        of_all = substeps.of_chunk(index)
+        first = substeps.per_chunk * index
         start, rows, at = x
-        start = jnp.where(of_all[0] < substeps.number, start, end)
+        start = jnp.where(first < substeps.number, start, end)
         solve = lambda chunk, start: chunk(index, start, rows, at, end)
         made, t_rows = eqx.filter_jvp(solve, (chunk, start), (t_chunk, t_start))
         t_rows = with_zeros(t_rows, made)
         if not substeps.are_all_kept:
-            place = substeps.places(of_all)
+            place = substeps.places(substeps.of_chunk(index))
             # That is, `set`, the transpose of which would have to copy.
             t_kept = jtu.tree_map(
                 lambda x, t: x.at[place].add(t, mode="drop", unique_indices=True),
                 *(t_kept, t_rows),
             )
-        here = jnp.clip(substeps.last - of_all[0], 0, len(of_all) - 1)
-        is_here = of_all[here] == substeps.last
+        here = jnp.clip(substeps.last - first, 0, substeps.per_chunk - 1)
+        is_here = first + here == substeps.last
         t_last = jtu.tree_map(
-            lambda x, t: jnp.where(is_here, t[here], x), t_last, t_rows
+            lambda x, t: jnp.where(is_here, at_index(t, here), x), t_last, t_rows
         )
         out = (
             t_start if needs_chunks else None,
             t_rows if substeps.are_all_kept else None,
         )
-        return (t_rows.at.ys[-1], t_kept, t_last, t_chunk), out
+        t_end = at_index(t_rows.at.ys, substeps.per_chunk - 1)
+        return (t_end, t_kept, t_last, t_chunk), out
 
     zeros = lambda x: jtu.tree_map(jnp.zeros_like, x)
     t_y0, t_last = with_zeros(t_y0, y0), zeros(values.last)
@@ -435,7 +441,7 @@ class Trajectory(eqx.Module):
     def evaluate(self, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, in substeps that are kept."""
         kept, of_substeps = self.problem.substeps.kept, self.problem.of_substeps
-        _, ends = of_substeps(kept)
+        _, ends = divided(of_substeps(kept), self.problem.sharding)
         index = jnp.searchsorted(lax.stop_gradient(ends), ts)
         index = jnp.minimum(index, len(kept) - 1)
         of_kept = lambda x: jtu.tree_map(lambda x: x[index], x)

@@ -12,7 +12,6 @@ from .._iterate import Iteration
 from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, AutoScan
 from .._state import DeerState
-from .._time_axis import num_parts
 from .._window import Discretisation, Iterate
 from ._coarse_grid import coarse_grid, unless_constant_is_better
 from .base import AbstractGuess
@@ -59,9 +58,7 @@ class NestedGuess(AbstractGuess):
     ) -> tuple[Iterate, IntScalarLike]:
         steps = problem.substeps // self.factor
         is_even = steps * self.factor == problem.substeps
-        # Each device has as many.
-        is_allowed = is_even and steps % num_parts(problem.sharding) == 0
-        if steps <= 1 or (problem.sharding is not None and not is_allowed):
+        if steps <= 1:
             return self.guess(problem, previous)
         if self.levels == 1:
             guess = self.guess

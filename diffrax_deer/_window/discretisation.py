@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Real
 
 from .._custom_types import PyTree, Terms
+from .._time_axis import num_parts
 from .base import AbstractWindow, Iterate
 from .interpolation import time_at
 from .one_step import Substep
@@ -58,6 +59,9 @@ class Discretisation(eqx.Module):
         self.t0s, self.t1s, self.y0 = t0s, t1s, y0
         if reads is None:
             reads = leaves_read(solver, terms, t0s[0], t1s[0], y0, args)
+        if len(t0s) % num_parts(sharding) != 0:
+            # A coarser grid, of so few that it is left whole.
+            sharding = None
         self.reads, self.sharding = reads, sharding
         core = self.core
         self.window = core.window(t0s, t1s, core.ravel(core.y0), sharding)

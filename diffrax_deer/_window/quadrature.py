@@ -130,7 +130,7 @@ def integrate(
         most = substeps
     divisors = (n for n in range(1, substeps + 1) if substeps % n == 0)
     chunk = max(n for n in divisors if n <= max(most, 1))
-    is_optional = jnp.asarray(tableau.is_optional)[..., None]
+    is_optional = jnp.asarray(tableau.is_optional)[None, ..., None]
 
     def body(y, inputs):
         ks = jax.vmap(ft.partial(all_stages, fns, tableau))(*inputs)
