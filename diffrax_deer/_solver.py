@@ -536,4 +536,8 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     Defaults to one more than there are unknowns: `substeps`, times the number of stages
     plus one if the wrapped solver is a Runge--Kutta method. If the wrapped solver is
     explicit and the solution finite, then this always suffices.
+- `sharding`: how each window is divided over devices, along its time axis. A
+    `jax.sharding.NamedSharding` whose `PartitionSpec` names the axis (or a tuple of
+    axes) of the mesh. Its number of devices must divide `substeps`, and its axes must
+    be of type `Auto`. Defaults to `None`: all of it is on one device.
 """

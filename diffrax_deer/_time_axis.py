@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, Shaped
 
-from ._custom_types import PyTree
+from ._custom_types import IntScalarLike, PyTree
 
 
 def divided(xs: PyTree[Array], sharding: NamedSharding | None) -> PyTree[Array]:
@@ -34,7 +34,7 @@ def after(x: Shaped[Array, "substeps ..."], last: Array | float = 0) -> Array:
     return jnp.where(_is_at(x, len(x) - 1), last, moved)
 
 
-def at(x: Shaped[Array, "substeps ..."], index: Int[Array, ""]) -> Array:
+def at(x: Shaped[Array, "substeps ..."], index: IntScalarLike) -> Array:
     """What is at one of them."""
     # A sum, of one term that is not zero, as devices would have to exchange more to
     # look it up.

@@ -22,6 +22,7 @@ import matplotlib
 import numpy as np
 import optax
 from diffrax_deer import DeerAdjoint, DeerSolver
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -87,6 +88,8 @@ class Way(NamedTuple):
 
     solver: dfx.AbstractSolver
     adjoint: dfx.AbstractAdjoint
+    # Of devices, if there are several.
+    mesh: Mesh | None = None
 
 
 def ways(solver: dfx.AbstractSolver) -> dict[str, Way]:
@@ -97,6 +100,13 @@ def ways(solver: dfx.AbstractSolver) -> dict[str, Way]:
         f"{name}+DeerAdjoint": Way(solver, DeerAdjoint()),
         "DEER": Way(DeerSolver(solver, substeps=1), DeerAdjoint()),
     }
+
+
+def over_devices(solver: dfx.AbstractSolver, steps: int, mesh: Mesh) -> dict[str, Way]:
+    """Jointly, all steps in one window, of which each device has a part."""
+    sharding = NamedSharding(mesh, PartitionSpec("time"))
+    solver = DeerSolver(solver, steps, sharding=sharding)
+    return {"DEER": Way(solver, DeerAdjoint(), mesh)}
 
 
 def batch_of(
@@ -199,7 +209,15 @@ def train(name: str, task: Task, solver: Any, path: Path) -> tuple[Any, History]
     # Gradients may become large for a while.
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
+    mesh = getattr(solver, "mesh", None)
+
+    def divided(batch, mesh):
+        sharding = NamedSharding(mesh, PartitionSpec("batch"))
+        return [x if x.ndim == 0 else eqx.filter_shard(x, sharding) for x in batch]
+
     def train_step(model, opt_state, memory, batch):
+        batch = batch if mesh is None else divided(batch, mesh)
+
         def loss_fn(model):
             return task.loss(model, batch, solver, memory)
 
@@ -208,7 +226,11 @@ def train(name: str, task: Task, solver: Any, path: Path) -> tuple[Any, History]
         iterations = extras.iterations
         mean = jnp.nan if iterations is None else jnp.mean(iterations)
         learner = eqx.apply_updates(model, updates), opt_state, extras.memory
-        return learner, loss, mean
+        out = learner, loss, mean
+        if mesh is not None:
+            # All devices have all of this.
+            out = eqx.filter_shard(out, NamedSharding(mesh, PartitionSpec()))
+        return out
 
     opt_state = optimiser.init(eqx.filter(task.model, eqx.is_array))
     log = np.zeros(preset.steps)
@@ -261,10 +283,18 @@ def positive_int(text: str) -> int:
     return value
 
 
+def mesh_shape(text: str) -> tuple[int, ...]:
+    shape = tuple(map(positive_int, text.split("x")))
+    if len(shape) != 2:
+        raise argparse.ArgumentTypeError(f"must be like 2x4, got {text!r}")
+    return shape
+
+
 def cli(
     description: str | None,
     presets: Mapping[str, Preset],
     solvers: Mapping[str, Any],
+    several_devices: bool = False,
 ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -292,7 +322,37 @@ def cli(
         "have the same preset, seed and number of steps. (Without this option its "
         "checkpoints are deleted, and training begins anew.)",
     )
+    if several_devices:
+        option(
+            "--mesh",
+            type=mesh_shape,
+            metavar="BATCHxTIME",
+            help="train with DEER only, with the batch and the time axis divided over "
+            "this many devices each, for example 2x4",
+        )
+        option(
+            "--processes",
+            nargs=3,
+            metavar=("ADDRESS", "NUMBER", "INDEX"),
+            help="this is one of several processes that have devices, and at this "
+            "address (host:port) the first one of them, with index 0, is to be found",
+        )
     return parser
+
+
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
+    """What --mesh and --processes ask for. Must come before anything else that JAX
+    does."""
+    if args.processes is not None:
+        address, number, index = args.processes
+        jax.distributed.initialize(address, int(number), int(index))
+        if int(index) > 0:
+            # All have the same to say.
+            args.output = args.output / f"process_{index}"
+    if args.mesh is None:
+        return None
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(args.mesh, ("batch", "time"), axis_types=axis_types)
 
 
 def run(
@@ -303,6 +363,9 @@ def run(
     **settings: Any,
 ) -> None:
     """Trains with one solver after the other, and says and shows what came out."""
+    mesh = mesh_of(args)
+    if mesh is not None:
+        solvers = over_devices(solvers["DEER"].solver.solver, preset.points, mesh)
     # Data may be solved for to a tolerance beyond single precision.
     jax.config.update("jax_enable_x64", True)
     if args.steps is not None:

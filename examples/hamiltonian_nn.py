@@ -5,10 +5,9 @@ in Lim et al., "Parallelizing non-linear sequential models over the sequence len
 ICLR 2024.
 
 The same steps are made in three ways: one after the other, with Diffrax's default
-adjoint and with DeerAdjoint, and jointly, with DEER. So the losses are the same.
-
-An interrupted run can be continued with --resume, and on a CPU ends with exactly the
-same parameters. (On a GPU with XLA_FLAGS=--xla_gpu_deterministic_ops=true.)
+adjoint and with DeerAdjoint, and jointly, with DEER. So the losses are the same. An
+interrupted run can be continued with --resume, and on a CPU ends with exactly the same
+parameters. (On a GPU with XLA_FLAGS=--xla_gpu_deterministic_ops=true.)
 """
 
 import diffrax as dfx
@@ -75,14 +74,15 @@ def initial_state(key: PRNGKeyArray) -> Float[Array, " 8"]:
 @eqx.filter_jit
 def solve(hamiltonian, y0s, horizon, points: int, way=SOLVERS["Tsit5"]):
     steps = 4 * points if hamiltonian is true_hamiltonian else points
+    windows = steps // getattr(way.solver, "substeps", 1)
     # In the middle of steps. On their ends, Diffrax may miss the gradient of some.
     ts = (jnp.arange(points) + 0.5) / points * horizon
     solve_one = lambda y0: dfx.diffeqsolve(
         dfx.ODETerm(vector_field),
-        *(way.solver, 0, horizon, horizon / steps, y0, hamiltonian),
+        *(way.solver, 0, horizon, horizon / windows, y0, hamiltonian),
         saveat=dfx.SaveAt(ts=ts),
         adjoint=way.adjoint,
-        max_steps=steps,
+        max_steps=windows,
     )
     return jax.vmap(solve_one)(y0s)
 
@@ -145,5 +145,5 @@ class Imitation(Task):
 
 
 if __name__ == "__main__":
-    args = cli(__doc__, PRESETS, SOLVERS).parse_args()
+    args = cli(__doc__, PRESETS, SOLVERS, several_devices=True).parse_args()
     run(Imitation, PRESETS[args.preset], SOLVERS, args)

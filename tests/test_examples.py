@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +69,41 @@ def test_hamiltonian_nn(tmp_path):
     assert summary["max_relative_loss_difference"] < 1e-8
     for solver in summary["solvers"].values():
         assert solver["test_loss"] < solver["untrained_test_loss"]
+    # The batch and the time axis over the devices of two processes.
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        address = f"localhost:{server.getsockname()[1]}"
+    several = tmp_path / "several"
+    arguments = ("--mesh", "2x4", "--processes", address, "2")
+    environment = os.environ | dict(XLA_FLAGS=f"{_FOUR} {os.environ['XLA_FLAGS']}")
+    processes = [
+        subprocess.Popen(
+            _command("hamiltonian_nn", several, *arguments, index), env=environment
+        )
+        for index in ("0", "1")
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    expected = _leaves(tmp_path / "model_deer.eqx")
+    for output in (several, several / "process_1"):
+        actual = _leaves(output / "model_deer.eqx")
+        assert len(actual) == len(expected) > 0
+        for x, y in zip(actual, expected):
+            np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+_FOUR = "--xla_force_host_platform_device_count=4"
+
+
+def _leaves(path):
+    leaves = []
+    with path.open("rb") as file:
+        while file.peek(1):
+            leaves.append(np.load(file))
+    return leaves
 
 
 def test_gru_long_sequence(tmp_path):

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from diffrax_deer import (
     AdaptiveGrid,
@@ -17,7 +19,9 @@ from diffrax_deer import (
     GaussLegendre,
     NestedGuess,
     QuasiDEER,
+    SequentialScan,
 )
+from diffrax_deer._scan import ShardedScan
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from .helpers import deer, diffeqsolve, max_error, problem, SaveAt
@@ -35,7 +39,7 @@ ends = SaveAt(t1=True)
 points = SaveAt(ts=jnp.array([0.1, 0.35, 0.77]), t1=True)
 
 
-def solved(solver, adjoint, saveat, y0, args):
+def solved(solver, adjoint, saveat, y0, args) -> Any:
     term, *_ = problem()
     sol = diffeqsolve(
         *(term, solver, 0.0, 1.0, 1.0, y0, args),
@@ -47,7 +51,8 @@ def solved(solver, adjoint, saveat, y0, args):
 
 
 def value_and_grad(*args):
-    loss = lambda y0, x: jnp.sum(jnp.sin(solved(*args, y0, x)))
+    solver, adjoint, saveat = args
+    loss = lambda y0, x: jnp.sum(jnp.sin(solved(solver, adjoint, saveat, y0, x)))
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
@@ -98,7 +103,7 @@ def test_batches():
     divided = gradients(dataclasses.replace(solver, sharding=sharding))
     mesh = sharding.mesh
     y0s = jax.device_put(y0s, NamedSharding(mesh, P("batch")))
-    compiled = divided.lower(y0s, args).compile()
+    compiled: Any = divided.lower(y0s, args).compile()
     assert max_error(compiled(y0s, args), expected) < 1e-11
     # Each device has half of the batch, and a quarter of the time axis.
     assert "f64[2,8,3]" in compiled.as_text()
@@ -128,11 +133,28 @@ def test_no_device_has_it_all(adjoint, saveat, solver):
     _, y0, args = problem()
     solver = dataclasses.replace(solver, sharding=over_time(8))
     fn = jax.jit(value_and_grad(solver, adjoint, saveat))
-    program = fn.lower(y0, args).compile().as_text()
+    program: Any = fn.lower(y0, args).compile().as_text()
     assert not any(size % LENGTH in (0, 1) for size in sizes(program) - {1})
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", program)
     assert len(gathered) > 0
     assert max(math.prod(map(int, x.split(","))) for x in gathered) == 8 * 3 * 3
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("is_diagonal", (False, True))
+def test_scan(is_diagonal, reverse):
+    rng = np.random.default_rng(0)
+    # Seven on each of the devices: no power of 2.
+    shape = (56, 3) if is_diagonal else (56, 3, 3)
+    A, b = rng.normal(size=shape), rng.normal(size=(56, 3))
+    # What cannot be reached from anywhere, and what grows beyond all bounds.
+    A[20], A[40:] = 0, 1e200 * A[40:]
+    b[40:] = 0
+    if not reverse:
+        A[39] = 0
+    scan = ShardedScan(SequentialScan(), over_time(8))
+    run = lambda scan: jax.jit(lambda A, b: scan(A, b, reverse=reverse))(A, b)
+    np.testing.assert_allclose(run(scan), run(SequentialScan()), rtol=1e-12)
 
 
 @pytest.mark.parametrize("reverse", (False, True))
@@ -157,6 +179,7 @@ def test_refused():
     explicit = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Explicit,))
     with pytest.raises(ValueError, match="AxisType.Auto"):
         DeerSolver(substeps=16, sharding=NamedSharding(explicit, P("time")))
+    wrong: Any
     for wrong in ("time", sharding.mesh, NamedSharding(sharding.mesh, P())):
         with pytest.raises(TypeError, match=r"DeerSolver\(sharding"):
             DeerSolver(substeps=16, sharding=wrong)

@@ -100,7 +100,8 @@ class ChosenTimes(AbstractTimes):
         return self.t0s, self.t1s
 
     def part(self, first, rows):
-        return ChosenTimes(*rows, self.anchors, first)
+        t0s, t1s = rows
+        return ChosenTimes(t0s, t1s, self.anchors, first)
 
     def _moved(self, ts):
         ts = lax.stop_gradient(ts)

@@ -212,6 +212,7 @@ def solution(values: Values, problem: Problem) -> Values:
     """The solution, as a function of the problem. Its values must be known already."""
     y0 = problem.scheme.ravel(problem.scheme.y0)
     substeps, is_kept = problem.substeps, problem.linearisation is not None
+    assert values.chunks is not None
     rows = problem.grid.split(substeps.number, len(values.chunks), substeps.per_chunk)
     xs = _of_chunks(values, rows, substeps, is_kept)
     # Vector fields may close over what is being differentiated.
@@ -311,6 +312,7 @@ def _without_chunks(values: Values) -> Values:
 
 def _of_chunks(values: Values, rows: PyTree[Array], substeps: Substeps, is_kept: bool):
     """What of the values each of the chunks is found from."""
+    assert values.chunks is not None
     number = len(values.chunks)
     split = lambda x: x.reshape(number, substeps.per_chunk, *x.shape[1:])
     at = jtu.tree_map(split, values.kept.at) if is_kept else None

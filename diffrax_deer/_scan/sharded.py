@@ -40,15 +40,15 @@ class ShardedScan(AbstractScan):
 
 def _product(A, reverse):
     """Of all matrices."""
+    is_diagonal = A.ndim == 2
+    multiply = jnp.multiply if is_diagonal else matmul
+    clipped = lambda A: clip(A, 1 if is_diagonal else A.shape[-1])
+    A = clipped(A)
     # In pairs, and these again.
     while len(A) > 1:
         pairs = len(A) // 2
         first, second, rest = A[: 2 * pairs : 2], A[1 : 2 * pairs : 2], A[2 * pairs :]
         if reverse:
             first, second = second, first
-        if A.ndim == 2:
-            products = clip(second * first, 1)
-        else:
-            products = clip(matmul(second, first), A.shape[-1])
-        A = jnp.concatenate([products, rest])
+        A = jnp.concatenate([clipped(multiply(second, first)), rest])
     return A[0]
