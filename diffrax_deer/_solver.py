@@ -299,11 +299,11 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         t1s: Real[Array, " substeps"],
         y0: Y,
         args: Args,
+        reads: tuple[bool, ...],
     ) -> "SolvedWindow":
         """On this grid, which may have any number of substeps."""
         problem = Discretisation(
-            *(self.solver, terms, args, t0s, t1s, y0),
-            sharding=self.sharding,
+            *(self.solver, terms, args, t0s, t1s, y0, reads, self.sharding)
         )
         return self._solve(problem, UniformGrid(), None)
 

@@ -322,6 +322,7 @@ def cli(
         "have the same preset, seed and number of steps. (Without this option its "
         "checkpoints are deleted, and training begins anew.)",
     )
+    parser.set_defaults(mesh=None, processes=None)
     if several_devices:
         option(
             "--mesh",

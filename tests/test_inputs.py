@@ -173,6 +173,25 @@ def test_flags():
             (DEER(), ExtrapolationGuess()),
         ):
             trace(DeerSolver(diffrax.Heun(), 8, method=method, guess=guess))
+        # With a component that the vector field does not read, and on several devices.
+        kinds = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh(
+            (2,), ("time",), devices=jax.devices()[:2], axis_types=kinds
+        )
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("time"))
+        term = ODETerm(lambda t, y, args: dict(y=-y["y"], cost=jnp.sum(y["y"] ** 2)))
+        for sharding in (None, sharding):
+            solver = DeerSolver(
+                diffrax.Tsit5(), 8, guess=ConstantGuess(), sharding=sharding
+            )
+            solve = lambda y0: (
+                diffrax.diffeqsolve(
+                    *(term, solver, 0.0, 1.0, 1.0, dict(y=y0, cost=jnp.array(0.0))),
+                    adjoint=DeerAdjoint(),
+                    max_steps=1,
+                ).ys
+            )
+            jax.make_jaxpr(jax.jacrev(solve))(jnp.ones(2))
 
 
 def test_loops_in_the_vector_field():

@@ -355,7 +355,9 @@ class MergedWindows(AbstractWindows):
             ts[:-1], ts[1:], self.substeps
         )
         grid = (x.reshape(-1) for x in grid)
-        return _made(self.solver.solve_on(scheme.terms, *grid, y0, scheme.args))
+        return _made(
+            self.solver.solve_on(scheme.terms, *grid, y0, scheme.args, scheme.reads)
+        )
 
     def unmerged(
         self, init_state: Any, solver_state: DeerState, num_steps: Int[Array, ""]

@@ -24,7 +24,8 @@ def too_large(
     where it is roughly known."""
     size = jnp.max(jnp.abs(new.ys), axis=1, keepdims=True, initial=0)
     is_rough = jnp.any(jnp.abs(delta.ys) > _ROUGHLY * size, axis=1)
-    known = (jnp.arange(len(is_rough)) < first_of(is_rough))[:, None]
+    index = jnp.arange(len(is_rough), dtype=jnp.int32)
+    known = (index < first_of(is_rough))[:, None]
     size = jnp.max(jnp.where(known, jnp.abs(new.ys), 0), axis=0)
     size = jnp.maximum(size, jnp.abs(y0))
     limit = _LIMIT * jnp.maximum(size, _SMALLEST * jnp.max(size, initial=0))

@@ -139,7 +139,7 @@ def integrate(
         too_much = is_optional & jnp.invert(jnp.isfinite(ks))
         ks = jnp.where(too_much, jnp.finfo(ks.dtype).max / 8, ks)
         increments = weighted(tableau.b, ks)
-        ys = y + running(jnp.cumsum, jnp.add, increments, sharding)
+        ys = y[None] + running(jnp.cumsum, jnp.add, increments, sharding)
         return ys[-1], (Iterate(ys, ks), weighted(tableau.b_error, ks))
 
     # All that is not asked for, such as any of it but the last value, is dead code.
