@@ -80,7 +80,7 @@ def row(substeps: int, devices: int, max_gib: float, repeats: int) -> study.Row:
     compiled: Any = joint.lower(*inputs).compile()
     per_device = compiled.memory_analysis().temp_size_in_bytes
     out = dict(
-        suite="sharding",
+        suite="devices",
         substeps=substeps,
         devices=devices,
         mib_per_device=per_device / 2**20,

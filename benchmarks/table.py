@@ -237,6 +237,42 @@ def _large(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _devices(rows: list[dict[str, Any]]) -> str:
+    """What each device holds, and how much is exchanged."""
+
+    def cell(row):
+        exchanged = sum(row["exchanged_bytes"].values())
+        return f"{row['mib_per_device']:.3g} MiB ({exchanged / 2**10:.1f} KiB)"
+
+    substeps = lambda row: f"{row['substeps']:,} substeps"
+    devices = lambda row: f"{row['devices']} devices"
+    return _crosstab("", rows, substeps, devices, cell).replace("1 devices", "1 device")
+
+
+def _sdes(rows: list[dict[str, Any]]) -> str:
+    """How many times as fast as Diffrax's default adjoint."""
+    whats = dict(value="", gradient=", with gradient")
+    code = lambda name: ", ".join(f"`{x}`" for x in name.split(", "))
+    contender, *others = dict.fromkeys(row["name"] for row in rows)
+    header = [""]
+    for words in whats.values():
+        header += [contender + words, *map(code, others)]
+    cells = []
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        line = [suite]
+        for what in ("value", "value and gradient"):
+            some = {
+                row["name"]: row
+                for row in rows
+                if row["suite"] == suite and row["what"] == what
+            }
+            line.append(f"{some[contender]['median_ms']:.3g} ms")
+            times = (1 / some[name]["time_ratio"] for name in others)
+            line += [f"{x:.2g} times as fast" for x in times]
+        cells.append(line)
+    return _markdown(header, cells)
+
+
 def _spans(rows: list[dict[str, Any]]) -> str:
     def cell(row):
         if row["error"] is None:
@@ -354,9 +390,13 @@ def _markdown(header, cells):
 def study(file: Path, suite: str) -> str:
     """How many iterations it took, in one suite of a study."""
     rows = json.loads(file.read_text())["rows"]
+    if suite == "sdes":
+        return _sdes(rows)
     rows = [row for row in rows if row["suite"] == suite]
     if suite == "large states":
         return _large(rows)
+    elif suite == "devices":
+        return _devices(rows)
     elif suite == "rtol":
         # Some of them. More would not fit on a page.
         rows = [row for row in rows if round(math.log10(row["rtol"])) % 3 == 0]
