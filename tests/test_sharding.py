@@ -77,6 +77,25 @@ def test_as_on_one_device(adjoint, saveat, solver):
     assert max_error(run(over_time(8)), run(None)) < 1e-11
 
 
+def test_dense_output_and_events():
+    term, y0, args = problem()
+
+    def run(sharding):
+        sol = diffeqsolve(
+            *(term, deer(diffrax.Tsit5(), 32, sharding=sharding)),
+            *(0.0, 1.0, 1.0, y0, args),
+            adjoint=DeerAdjoint(),
+            saveat=SaveAt(t1=True, dense=True),
+            event=diffrax.Event(lambda t, y, args, **kwargs: y[0] - 0.8),
+            max_steps=1,
+        )
+        return sol.ts, sol.ys, jax.vmap(sol.evaluate)(sol.ts[0] * jnp.linspace(0, 1, 5))
+
+    expected = run(None)
+    assert 0 < expected[0][0] < 1
+    assert max_error(run(over_time(8)), expected) < 1e-12
+
+
 # Also that the time axis is divided over two axes of the mesh, or not at all.
 @pytest.mark.parametrize("shape", ((1,), (2, 4)), ids=str)
 def test_meshes(shape):
