@@ -1,13 +1,16 @@
+import math
 from typing import Any, cast
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
 from diffrax import ODETerm
 from diffrax_deer import ConstantGuess, DeerSolver
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
 
@@ -48,6 +51,14 @@ def deer(solver, substeps=1, **kwargs):
 
 def solver_id(solver):
     return type(solver).__name__
+
+
+def over_time(*shape, names=("time",)):
+    """Over this many devices, for each axis of the mesh."""
+    devices = jax.devices()[: math.prod(shape)]
+    kinds = (AxisType.Auto,) * len(shape)
+    mesh = jax.make_mesh(shape, names, devices=devices, axis_types=kinds)
+    return NamedSharding(mesh, P("time"))
 
 
 class VectorField(eqx.Module):

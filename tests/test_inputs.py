@@ -31,6 +31,7 @@ from .helpers import (
     diffeqsolve,
     exact,
     max_error,
+    over_time,
     problem,
     root_finder,
     SaveAt,
@@ -174,13 +175,8 @@ def test_flags():
         ):
             trace(DeerSolver(diffrax.Heun(), 8, method=method, guess=guess))
         # With a component that the vector field does not read, and on several devices.
-        kinds = (jax.sharding.AxisType.Auto,)
-        mesh = jax.make_mesh(
-            (2,), ("time",), devices=jax.devices()[:2], axis_types=kinds
-        )
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("time"))
         term = ODETerm(lambda t, y, args: dict(y=-y["y"], cost=jnp.sum(y["y"] ** 2)))
-        for sharding in (None, sharding):
+        for sharding in (None, over_time(2)):
             solver = DeerSolver(
                 diffrax.Tsit5(), 8, guess=ConstantGuess(), sharding=sharding
             )

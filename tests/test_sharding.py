@@ -24,14 +24,7 @@ from diffrax_deer import (
 from diffrax_deer._scan import ShardedScan
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from .helpers import deer, diffeqsolve, max_error, problem, SaveAt
-
-
-def over_time(*shape, names=("time",)):
-    devices = jax.devices()[: math.prod(shape)]
-    kinds = (AxisType.Auto,) * len(shape)
-    mesh = jax.make_mesh(shape, names, devices=devices, axis_types=kinds)
-    return NamedSharding(mesh, P("time"))
+from .helpers import deer, diffeqsolve, max_error, over_time, problem, SaveAt
 
 
 default = diffrax.RecursiveCheckpointAdjoint()
