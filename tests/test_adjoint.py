@@ -1,5 +1,6 @@
 """`DeerAdjoint`, against `DirectAdjoint`, formulas, or finite differences."""
 
+import functools as ft
 from typing import Any
 
 import diffrax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from diffrax import ControlTerm, MultiTerm, ODETerm, SubSaveAt
 from diffrax_deer import DeerAdjoint
+from diffrax_deer._window import Discretisation
 from jax.flatten_util import ravel_pytree
 
 from .helpers import (
@@ -286,6 +288,67 @@ def test_stochastic(solver, reference):
     inputs = (jnp.array([1.0, -0.4]), 0.7)
     actual = value_and_grad(inputs, solver, DeerAdjoint())
     assert max_error(actual, value_and_grad(inputs, reference, direct)) < 1e-9
+
+
+def _interpolated(t, y, table):
+    index = jnp.clip((400 * t).astype(jnp.int32), 0, len(table) - 2)
+    weight = 400 * t - index
+    forced = (1 - weight) * table[index] + weight * table[index + 1]
+    # It is also looked up at the state.
+    at_y = table[jnp.clip((100 * y[0]).astype(jnp.int32), 0, len(table) - 1)]
+    return jnp.stack([y[1] * at_y, forced - y[0] - y[1] ** 3])
+
+
+def test_which_vector_fields_look_things_up():
+    def looks_up(vector_field, args):
+        y0, t0, t1 = jnp.array([1.0, 0.5]), jnp.array([0.0]), jnp.array([0.1])
+        term = ODETerm(vector_field)
+        return Discretisation(tsit5, term, args, t0, t1, y0).looks_up
+
+    def by_network(t, y, net):
+        return net(y)
+
+    ts = jnp.linspace(0, 1, 1000)
+    spline = diffrax.LinearInterpolation(ts, jnp.sin(ts))
+    net = eqx.nn.MLP(2, 2, 64, 2, key=jr.key(0))
+    assert looks_up(_interpolated, jnp.sin(ts))
+    assert looks_up(lambda t, y, args: y * args.evaluate(t), spline)
+    assert not looks_up(by_network, net)
+    assert not looks_up(lambda t, y, args: y * jnp.sum(args), ts)
+    # It is short.
+    assert not looks_up(_interpolated, jnp.sin(ts[::10]))
+
+
+@pytest.mark.parametrize("solver", (tsit5, deer(tsit5)), ids=("tsit5", "deer"))
+@pytest.mark.parametrize("is_adaptive", (False, True), ids=("constant", "adaptive"))
+def test_tables(solver, is_adaptive):
+    table = 1 + jnp.sin(jnp.linspace(0, 9, 1000))
+    inputs = jnp.array([1.0, 0.5]), table
+
+    def loss(inputs, adjoint):
+        controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+        sol = diffeqsolve(
+            ODETerm(_interpolated),
+            solver,
+            0,
+            1,
+            0.03,
+            *inputs,
+            saveat=SaveAt(ts=jnp.array([0.2, 0.71]), t1=True),
+            stepsize_controller=controller if is_adaptive else constant,
+            adjoint=adjoint,
+            max_steps=64,
+        )
+        return weighted_sum(sol.ys)
+
+    @eqx.filter_jit
+    def derivatives(adjoint):
+        value_and_grad = jax.value_and_grad(ft.partial(loss, adjoint=adjoint))
+        # Also of the gradient.
+        return jax.jvp(value_and_grad, (inputs,), (inputs,))
+
+    expected = derivatives(direct)
+    assert max_error(derivatives(DeerAdjoint()), expected) < 1e-9
 
 
 def test_single_precision_and_pytrees():

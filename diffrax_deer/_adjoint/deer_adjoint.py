@@ -24,7 +24,7 @@ from .._failure import error_if_any
 from .._grid import AdaptiveGrid
 from .._implicit import without_gradient
 from .._solver import DeerSolver
-from .._window import has_tree, leaves_read, ravel, Scheme
+from .._window import Discretisation, has_tree, leaves_read, ravel, Scheme
 from .event import call_event, event_time
 from .loop import Layout, record, Recording, unmerged, with_results
 from .save import save
@@ -51,6 +51,10 @@ _MAX_MERGED = 2**14
 _MAX_JACOBIAN_BYTES = 2**26
 _MAX_MERGED_ON_CPU = 32
 _MAX_MERGED_WITH_TREE = 256
+# Of a sequential solver, how many steps are differentiated at once if the vector field
+# looks things up: after each of these, derivatives with respect to all that it could
+# have read are added up.
+_CHUNK_WITH_TABLE = 64
 
 _DIAGNOSE = (
     "What to change, `diffrax_deer.diagnose` says: it takes the same arguments as "
@@ -104,7 +108,10 @@ class DeerAdjoint(AbstractAdjoint):
         - On a CPU, with an explicit solver, nothing is kept but the values at which
             some of the steps begin. Backwards, a few steps at a time are made again,
             and differentiated one after the other, as a sequential computation is.
-            What this allocates for each window that is allowed, is about
+            (If the vector field reads only a small part of what it depends on, as when
+            it interpolates a long table, then they are differentiated with respect to
+            this all at once.) What this allocates for each window that is allowed, is
+            about
 
             `2 * (size + 2) * itemsize` bytes
 
@@ -187,9 +194,11 @@ class DeerAdjoint(AbstractAdjoint):
         else:
             times = None
         y0 = ravel(y0, y0)
+        is_kept = not _are_repeated(scheme, solver)
+        looks_up = not is_kept and _looks_up(scheme, t0, init_state.tnext)
         stepper = self._stepper(
             *(solver, stepsize_controller, times, event, max_steps, scheme.read(y0)),
-            has_tree(terms),
+            *(has_tree(terms), looks_up),
         )
         layout = self._layout(
             stepper, stepsize_controller, scheme, saveat, y0, max_steps
@@ -234,9 +243,9 @@ class DeerAdjoint(AbstractAdjoint):
             layout.ts is None,
             layout.chunk,
         )
-        linearisation = None if _are_repeated(scheme, solver) else stepper.linearisation
         grid = Grid(times, recording.fractions, stepper.substeps)
-        problem = Problem(scheme, grid, substeps, linearisation)
+        linearisation = stepper.linearisation if is_kept or looks_up else None
+        problem = Problem(scheme, grid, substeps, is_kept, linearisation)
         trajectory = Trajectory(
             *(problem, solution(recording.values, problem), jnp.asarray(t0)),
             *(recording.last_ts, final_state.y, recording.points),
@@ -272,9 +281,13 @@ class DeerAdjoint(AbstractAdjoint):
         )
         return final_state, stats
 
-    def _stepper(self, solver, controller, times, event, max_steps, y0, has_tree):
+    def _stepper(
+        self, solver, controller, times, event, max_steps, y0, has_tree, looks_up
+    ):
         if type(solver) is not DeerSolver:
             chunk = self.max_window_points
+            if chunk is None and looks_up:
+                chunk = _CHUNK_WITH_TABLE
             if times is None or event is not None or not has_tree:
                 return SequentialSteps(solver, controller, chunk)
             return KnownSteps(solver, controller, chunk, times)
@@ -365,6 +378,11 @@ def _are_repeated(scheme: Scheme, solver: AbstractSolver) -> bool:
     if type(solver) is DeerSolver and solver.sharding is not None:
         return False
     return jax.default_backend() == "cpu" and scheme.is_explicit
+
+
+def _looks_up(scheme: Scheme, t0: Array, t1: Array) -> bool:
+    of_first = scheme.terms, scheme.args, t0[None], t1[None], scheme.y0, scheme.reads
+    return Discretisation(scheme.solver, *of_first).looks_up
 
 
 def _error_if_failed(

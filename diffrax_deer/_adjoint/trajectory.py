@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Real
 
 from .._custom_types import IntScalarLike, PyTree
-from .._implicit import as_known, implicit_solution, with_zeros
+from .._implicit import as_known, implicit_solution, with_zeros, without_gradient
 from .._method import AbstractMethod
 from .._scan import AbstractScan
 from .._time_axis import at as at_index, divided
@@ -140,7 +140,7 @@ class Grid(eqx.Module):
 
 
 class Linearisation(eqx.Module):
-    """How substeps that have been kept are differentiated."""
+    """How the equations of known substeps are linearised and solved."""
 
     method: AbstractMethod
     scan: AbstractScan
@@ -155,13 +155,15 @@ class Problem(eqx.Module):
     - `scheme`: the differential equation and the solver.
     - `grid`: when its substeps begin and end.
     - `substeps`: which of them there are.
-    - `linearisation`: how substeps are differentiated if they have been kept, or
-        `None` if they are made again.
+    - `is_kept`: whether the substeps have been kept. If not then they are made again.
+    - `linearisation`: how they are differentiated by their equations, or `None` if they
+        are by what it takes to make them.
     """
 
     scheme: Scheme
     grid: Grid
     substeps: Substeps
+    is_kept: bool = eqx.field(static=True)
     linearisation: Linearisation | None
 
     def of_substeps(self, index: Int[Array, "*shape"]) -> tuple[Array, Array]:
@@ -195,12 +197,14 @@ class Problem(eqx.Module):
         if how is None:
             made = part.sequential()
         else:
-            assert at is not None
-            # What is not used stays where it is.
-            is_used = of_all < number
-            ys = jnp.where(is_used[:, None], at.ys, end[None])
-            ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
-            at = Iterate(scheme.read(ys), scheme.read(ks))
+            if at is None:
+                at = without_gradient(part.sequential)
+            else:
+                # What is not used stays where it is.
+                is_used = of_all < number
+                ys = jnp.where(is_used[:, None], at.ys, end[None])
+                ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
+                at = Iterate(scheme.read(ys), scheme.read(ks))
             made: Iterate = implicit_solution(
                 at, part.window, method=how.method, scan=how.scan
             )
@@ -211,7 +215,7 @@ class Problem(eqx.Module):
 def solution(values: Values, problem: Problem) -> Values:
     """The solution, as a function of the problem. Its values must be known already."""
     y0 = problem.scheme.ravel(problem.scheme.y0)
-    substeps, is_kept = problem.substeps, problem.linearisation is not None
+    substeps, is_kept = problem.substeps, problem.is_kept
     assert values.chunks is not None
     rows = problem.grid.split(substeps.number, len(values.chunks), substeps.per_chunk)
     xs = _of_chunks(values, rows, substeps, is_kept)
