@@ -47,10 +47,11 @@ def controls(
 ) -> list[PyTree[Array]]:
     """The control of each single term, over many steps. `kwargs` is what the solver
     asks for."""
-    leaves, _ = _flatten(batched(terms))
+    terms = batched(terms)
+    leaves, _ = _flatten(terms)
+    pairs = list(zip(leaves, _of_each(terms, kwargs)))
 
     def control(t0, t1):
-        pairs = zip(leaves, _of_leaves(kwargs, leaves))
         return [term.contr(t0, t1, **dict(kwargs)) for term, kwargs in pairs]
 
     return jax.vmap(control)(t0s, t1s)
@@ -72,7 +73,7 @@ def with_controls(
     """The same over one step, for a solver."""
     leaves, treedef = _flatten(terms)
     known = []
-    for term, control, kwargs in zip(leaves, controls, _of_leaves(kwargs, leaves)):
+    for term, control, kwargs in zip(leaves, controls, _of_each(terms, kwargs)):
         if isinstance(term, WrapTerm):
             term, direction = term.term, term.direction
         else:
@@ -90,13 +91,19 @@ def _flatten(terms):
     return jtu.tree_flatten(terms, is_leaf=is_single)
 
 
-def _of_leaves(kwargs, leaves) -> list[Kwargs]:
-    # One for each of the terms, or for all. (If it is otherwise then the solver does
-    # not find what it asks for, and asks the term.)
-    all_kwargs = jtu.tree_leaves(kwargs, is_leaf=lambda x: isinstance(x, dict))
-    if len(all_kwargs) != len(leaves):
-        all_kwargs = [all_kwargs[0] if len(all_kwargs) == 1 else {}] * len(leaves)
-    return [_frozen(kwargs) for kwargs in all_kwargs]
+def _of_each(terms, kwargs) -> list[Kwargs]:
+    """Of each single term. Diffrax has one entry for each of them, or for a `MultiTerm`
+    as a whole."""
+    if isinstance(terms, MultiTerm) and isinstance(kwargs, tuple):
+        children, of_children = terms.terms, kwargs
+    elif isinstance(terms, AbstractTerm):
+        leaves, _ = _flatten(terms)
+        return [_frozen(kwargs)] * len(leaves)
+    else:
+        is_child = lambda x: x is not terms
+        children, treedef = jtu.tree_flatten(terms, is_leaf=is_child)
+        of_children = treedef.flatten_up_to(kwargs)
+    return [x for pair in zip(children, of_children) for x in _of_each(*pair)]
 
 
 def _frozen(kwargs: dict) -> Kwargs:
