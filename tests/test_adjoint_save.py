@@ -5,8 +5,10 @@ import re
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import pytest
 from diffrax import ODETerm
 from diffrax_deer import (
@@ -17,7 +19,7 @@ from diffrax_deer import (
     SequentialScan,
 )
 
-from .helpers import deer, diffeqsolve, problem, SaveAt
+from .helpers import deer, diffeqsolve, max_error, problem, SaveAt
 
 
 euler = diffrax.Euler()
@@ -46,6 +48,44 @@ def test_step_aligned_saves(solver, steps):
         return jnp.sum(sol.ys)
 
     assert grad(1.0) == steps + 1
+
+
+@pytest.mark.parametrize("max_steps", (256, 4), ids=("all", "some"))
+def test_many_saves(max_steps):
+    # Hundreds in some of the steps, and none in others; and some steps that fail.
+    term, y0, args = problem()
+    late = 0.5 + jnp.linspace(0, 1, 701) ** 3
+    ts = jnp.concatenate([jnp.linspace(0, 0.01, 300), late, late[-1:]])
+    y0s = jtu.tree_map(lambda x: jnp.stack([x, 0.3 * x, 3 * x]), y0)
+
+    @eqx.filter_jit
+    def solve(adjoint):
+        def one(y0):
+            return diffeqsolve(
+                *(term, diffrax.Tsit5(), 0, 2, 0.1, y0, args),
+                saveat=SaveAt(ts=ts),
+                stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-6),
+                adjoint=adjoint,
+                max_steps=max_steps,
+                throw=False,
+            )
+
+        return jax.vmap(one)(y0s)
+
+    expected, actual = solve(diffrax.DirectAdjoint()), solve(DeerAdjoint())
+    is_saved = jnp.isfinite(expected.ts)
+    assert jnp.all(is_saved) == (max_steps == 256)
+    if max_steps == 256:
+        # In steps that differ from one to the other of the batch.
+        assert len(set(expected.stats["num_steps"].tolist())) > 1
+    assert jnp.all(jnp.isfinite(actual.ts) == is_saved)
+    assert (
+        max_error(
+            jtu.tree_map(lambda y: y[is_saved], actual.ys),
+            jtu.tree_map(lambda y: y[is_saved], expected.ys),
+        )
+        < 1e-12
+    )
 
 
 def test_no_loops(monkeypatch):

@@ -70,9 +70,9 @@ class DeerAdjoint(AbstractAdjoint):
     steps, in which it only keeps the trajectory. What is asked for follows from that:
 
     - **Saving.** All of `SaveAt(ts=...)` is interpolated in one batch. (Diffrax itself
-        saves these points one after the other. So does this on a CPU, with an explicit
-        sequential solver, as there it is quicker.) The functions of `SaveAt(fn=...)`
-        are batched with `jax.vmap`.
+        saves these points one after the other. On a CPU, with an explicit sequential
+        solver, this saves them on the way, too, but many of them up to 32 at a time.)
+        The functions of `SaveAt(fn=...)` are batched with `jax.vmap`.
     - **Derivatives** are those of the discretised equation, as with
         `diffrax.RecursiveCheckpointAdjoint`. They are given by the implicit function
         theorem: backwards through each window goes one linear recurrence, evaluated in

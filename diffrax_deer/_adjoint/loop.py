@@ -29,6 +29,13 @@ from .times import almost
 from .trajectory import Points, Rows, Values
 
 
+# Of a sequential solver, up to how many points are saved at once, and up to how many
+# numbers these are. Never more than there would be in each of so few steps.
+_SAVED_AT_ONCE = 32
+_SAVED_NUMBERS = 512
+_FEW_STEPS = 64
+
+
 class Layout(eqx.Module):
     """How much memory there is for what.
 
@@ -317,7 +324,10 @@ def _nothing(layout, scheme, init_state, stepper) -> Recording:
     if layout.ts is None or len(layout.ts) == 0 or not stepper.is_sequential:
         points = None
     else:
-        ys = jnp.broadcast_to(y, (len(layout.ts), y.size))
+        number = len(layout.ts)
+        most = min(_SAVED_AT_ONCE, _SAVED_NUMBERS // max(y.size, 1))
+        per_row = max(min(most, number // _FEW_STEPS), 1)
+        ys = jnp.broadcast_to(y, (-(-number // per_row), per_row, y.size))
         points = Points(layout.ts, ys, zero)
     values = Values(
         chunks=rows(layout.max_chunks),
@@ -425,12 +435,16 @@ def _keep(
 
 
 def _save_points(points: Points, is_good, scheme: Scheme, made: Made) -> Points:
-    """Saves all that lie in a step. Where steps are sequential this takes less time
-    than to save all of them in the end, as what they are interpolated from is at hand.
+    """Saves all that lie in a step, a row at a time. Where steps are sequential this
+    takes less time than to save all of them in the end, as what they are interpolated
+    from is at hand.
     """
     assert made.dense_info is not None
-    ts, t0, t1 = points.ts, made.t0s[0], made.t1s[0]
+    t0, t1 = made.t0s[0], made.t1s[0]
     interpolation = scheme.interpolation(t0, t1, made.dense_info)
+    per_row = points.ys.shape[1]
+    padding = (0, math.prod(points.ys.shape[:2]) - len(points.ts))
+    ts = jnp.pad(points.ts, padding, constant_values=jnp.inf)
 
     def goes_on(carry):
         _, i = carry
@@ -438,7 +452,13 @@ def _save_points(points: Points, is_good, scheme: Scheme, made: Made) -> Points:
 
     def body(carry):
         ys, i = carry
-        return ys.at[i].set(scheme.ravel(interpolation.evaluate(ts[i]))), i + 1
+        row = i // per_row
+        index = row * per_row + jnp.arange(per_row, dtype=jnp.int32)
+        here = lax.dynamic_slice_in_dim(ts, row * per_row, per_row)
+        is_new = (index >= i) & (here <= t1)
+        values = jax.vmap(interpolation.evaluate)(jnp.where(is_new, here, t1))
+        values = jnp.where(is_new[:, None], scheme.ravel_all(values, per_row), ys[row])
+        return ys.at[row].set(values), i + jnp.sum(is_new, dtype=jnp.int32)
 
     ys, number = eqxi.while_loop(
         *(goes_on, body, (points.ys, points.number)),

@@ -395,10 +395,11 @@ def _join(x: Array) -> Array:
 
 class Points(eqx.Module):
     """The solution at the save times, if it has been saved on the way. From `number` on
-    these have not been reached, and instead have the value at the start."""
+    these have not been reached, and instead have the value at the start. So do those
+    that fill up the last row."""
 
     ts: Real[Array, " points"]
-    ys: Float[Array, "points size"]
+    ys: Float[Array, "rows points_per_row size"]
     number: Int[Array, ""]
 
 
@@ -467,7 +468,7 @@ class Trajectory(eqx.Module):
         if self.points is None:
             return ys
         known, scheme = self.points, self.problem.scheme
-        rows = known.ys
+        rows = known.ys.reshape(-1, known.ys.shape[-1])[: len(known.ts)]
         if len(ts) != len(known.ts):
             # They are among those of other `SubSaveAt`s.
             rows = rows[jnp.searchsorted(known.ts, ts)]
