@@ -30,10 +30,12 @@ from .trajectory import Points, Rows, Values
 
 
 # Of a sequential solver, up to how many points are saved at once, and up to how many
-# numbers these are. Never more than there would be in each of so few steps.
+# numbers these are. Never more than there would be in each of so few steps. And only if
+# each is made of more numbers than this: a shorter product costs XLA next to nothing.
 _SAVED_AT_ONCE = 32
 _SAVED_NUMBERS = 512
 _FEW_STEPS = 64
+_SHORT_PRODUCT = 36
 
 
 class Layout(eqx.Module):
@@ -324,10 +326,8 @@ def _nothing(layout, scheme, init_state, stepper) -> Recording:
     if layout.ts is None or len(layout.ts) == 0 or not stepper.is_sequential:
         points = None
     else:
-        number = len(layout.ts)
-        most = min(_SAVED_AT_ONCE, _SAVED_NUMBERS // max(y.size, 1))
-        per_row = max(min(most, number // _FEW_STEPS), 1)
-        ys = jnp.broadcast_to(y, (-(-number // per_row), per_row, y.size))
+        per_row = _saved_at_once(len(layout.ts), y.size, scheme)
+        ys = jnp.broadcast_to(y, (-(-len(layout.ts) // per_row), per_row, y.size))
         points = Points(layout.ts, ys, zero)
     values = Values(
         chunks=rows(layout.max_chunks),
@@ -432,6 +432,14 @@ def _keep(
     if made.fractions is not None:
         new["fractions"] = set_at(recording.fractions, window, made.fractions)
     return _replace(recording, **new)
+
+
+def _saved_at_once(number: int, size: int, scheme: Scheme) -> int:
+    _, stages = scheme.stage_shape
+    if stages * size <= _SHORT_PRODUCT:
+        return 1
+    most = min(_SAVED_AT_ONCE, _SAVED_NUMBERS // size)
+    return max(min(most, number // _FEW_STEPS), 1)
 
 
 def _save_points(points: Points, is_good, scheme: Scheme, made: Made) -> Points:
