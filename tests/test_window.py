@@ -122,6 +122,10 @@ def test_residual(solver):
     assert jnp.max(jnp.abs(jit(net_residual, at.ys + 0.1))) > 1e-3
 
 
+def _is_none(x):
+    return x is None
+
+
 def _random(like, seed):
     flat, unravel = ravel_pytree(like)
     return unravel(jr.normal(jr.key(seed), flat.shape, flat.dtype))
@@ -147,7 +151,7 @@ def test_linearised_equations(solver):
     if window.is_explicit:
         solves += [
             lambda: iterative(window, at, QuasiDEER(), SequentialScan()),
-            lambda: ft.partial(window.derivative, at),
+            lambda: linear_solve(window, at, DEER(), SequentialScan()),
         ]
     cotangent = _random(at, 2)
     transposed = jnp.linalg.solve(L.T, ravel_pytree(cotangent)[0])
@@ -161,6 +165,28 @@ def test_linearised_equations(solver):
         assert max_error(ravel_pytree(out)[0], expected) < 1e-9
         assert max_error(ravel_pytree(out_b)[0], transposed) < 1e-9
         assert max_error(out_start, -L0.T @ transposed) < 1e-9
+
+
+@pytest.mark.parametrize("solver", (diffrax.Heun(), *opaque_solvers), ids=solver_id)
+def test_all_derivatives_in_turn(solver):
+    # What the equations depend on, in the loop over the substeps or all at once.
+    window = _problem(solver).window
+    at = jit(window.interpolated, jr.normal(jr.key(0), (5, 3)))
+    start = jnp.array([0.3, -1.0, 2.0])
+    floats, rest = eqx.partition(window, eqx.is_inexact_array)
+    tangent = eqx.tree_at(lambda w: w.y0, _random(floats, 1), None)
+
+    def both(tangent):
+        targets = lambda floats: eqx.combine(floats, rest).all_targets(at)
+        zero = jnp.zeros(3)
+        of_all = eqx.tree_at(lambda w: w.y0, tangent, zero, is_leaf=_is_none)
+        _, b = jax.jvp(targets, (floats,), (of_all,))
+        solve = linear_solve(window, at, DEER(), SequentialScan())
+        return window.derivative(at, tangent, start, None), solve(start, b)
+
+    actual, expected = jit(both, tangent)
+    assert max_error(ravel_pytree(expected)[0], 0 * ravel_pytree(at)[0]) > 0.1
+    assert max_error(actual, expected) < 1e-12
 
 
 @pytest.mark.parametrize("solver", kinds, ids=solver_id)

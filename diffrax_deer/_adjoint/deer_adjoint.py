@@ -22,7 +22,7 @@ from .._checks import check_one_step_solver, check_positive_int, check_state
 from .._custom_types import Args, RealScalarLike, Terms
 from .._failure import error_if_any
 from .._grid import AdaptiveGrid
-from .._implicit import without_gradient
+from .._implicit import share_read, without_gradient
 from .._solver import DeerSolver
 from .._window import Discretisation, has_tree, leaves_read, ravel, Scheme
 from .event import call_event, event_time
@@ -195,10 +195,10 @@ class DeerAdjoint(AbstractAdjoint):
             times = None
         y0 = ravel(y0, y0)
         is_kept = not _are_repeated(scheme, solver)
-        looks_up = not is_kept and _looks_up(scheme, t0, init_state.tnext)
+        has_table = not is_kept and _has_table(scheme, t0, init_state.tnext)
         stepper = self._stepper(
             *(solver, stepsize_controller, times, event, max_steps, scheme.read(y0)),
-            *(has_tree(terms), looks_up),
+            *(has_tree(terms), has_table),
         )
         layout = self._layout(
             stepper, stepsize_controller, scheme, saveat, y0, max_steps
@@ -244,7 +244,7 @@ class DeerAdjoint(AbstractAdjoint):
             layout.chunk,
         )
         grid = Grid(times, recording.fractions, stepper.substeps)
-        linearisation = stepper.linearisation if is_kept or looks_up else None
+        linearisation = stepper.linearisation if is_kept or has_table else None
         problem = Problem(scheme, grid, substeps, is_kept, linearisation)
         trajectory = Trajectory(
             *(problem, solution(recording.values, problem), jnp.asarray(t0)),
@@ -282,11 +282,11 @@ class DeerAdjoint(AbstractAdjoint):
         return final_state, stats
 
     def _stepper(
-        self, solver, controller, times, event, max_steps, y0, has_tree, looks_up
+        self, solver, controller, times, event, max_steps, y0, has_tree, has_table
     ):
         if type(solver) is not DeerSolver:
             chunk = self.max_window_points
-            if chunk is None and looks_up:
+            if chunk is None and has_table:
                 chunk = _CHUNK_WITH_TABLE
             if times is None or event is not None or not has_tree:
                 return SequentialSteps(solver, controller, chunk)
@@ -380,9 +380,11 @@ def _are_repeated(scheme: Scheme, solver: AbstractSolver) -> bool:
     return jax.default_backend() == "cpu" and scheme.is_explicit
 
 
-def _looks_up(scheme: Scheme, t0: Array, t1: Array) -> bool:
+def _has_table(scheme: Scheme, t0: Array, t1: Array) -> bool:
     of_first = scheme.terms, scheme.args, t0[None], t1[None], scheme.y0, scheme.reads
-    return Discretisation(scheme.solver, *of_first).looks_up
+    window = Discretisation(scheme.solver, *of_first).window
+    # Anything may turn out to be differentiated.
+    return share_read(window, window) < 1
 
 
 def _error_if_failed(

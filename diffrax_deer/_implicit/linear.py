@@ -5,7 +5,9 @@ equations with right-hand side `b`, if `start` is the derivative of the value th
 window begins with. All of them can be transposed.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,6 +26,8 @@ from .._window import AbstractWindow, is_noisy, Iterate, noise_of_linear
 
 _Solve = Callable[[Float[Array, " size"], Iterate], Iterate]
 
+# Of less than this, it makes no difference how much is read.
+_MIN_BYTES = 2**12
 # A residual below this many rounding errors cannot be told from zero.
 _ROUNDING = 16
 
@@ -37,10 +41,9 @@ def linear_solve(
         _, jacobians = method.linearise(window, window.points(at))
         return window.eliminate(jacobians())
 
-    is_single = window.sharding is None
-    if jax.default_backend() == "cpu" and window.is_explicit and is_single:
-        # Nothing is gained from more work at once.
-        return lambda start, b: window.derivative(at, start, b)
+    if is_sequential(window):
+        nothing = eqx.filter(window, False)
+        return lambda start, b: window.derivative(at, nothing, start, b)
     is_full = jax.eval_shape(lambda: eliminate(method)).A.ndim == at.ys.ndim + 1
     if not is_full and window.is_explicit:
         # Full Jacobians are too large to be formed. (If it is implicit then nothing
@@ -50,6 +53,37 @@ def linear_solve(
         return direct(window, at, DEER(), scan)
     else:
         return iterative(window, at, DEER(), scan)
+
+
+def is_sequential(window: AbstractWindow) -> bool:
+    """Whether nothing is gained from more work at once."""
+    is_single = window.sharding is None
+    return jax.default_backend() == "cpu" and window.is_explicit and is_single
+
+
+def share_read(window: AbstractWindow, tangent: AbstractWindow) -> float:
+    """How much an evaluation of the vector field reads, compared to all that it depends
+    on and that has a tangent. Infinite if that is next to nothing.
+
+    It is less than one if that is a long table, to be interpolated.
+    """
+    floats = jtu.tree_leaves(eqx.filter(tangent.core, eqx.is_inexact_array))
+    size = sum(x.size * x.dtype.itemsize for x in floats)
+    if size < _MIN_BYTES:
+        return math.inf
+    # A single substep. Of its stages, which are in a loop, only one is counted.
+    first = lambda w: jtu.tree_map(lambda x: x[:1], w.xs)
+    window = eqx.tree_at(lambda w: w.xs, window, first(window))
+    arrays, rest = eqx.partition(window, eqx.is_array)
+
+    @jax.jit
+    def derivative(arrays):
+        window = eqx.combine(arrays, rest)
+        at = window.interpolated(window.y0[None])
+        return window.derivative(at, eqx.filter(window, False), window.y0, None)
+
+    cost: Any = derivative.lower(jax.eval_shape(lambda: arrays)).cost_analysis()
+    return cost["bytes accessed"] / size
 
 
 def direct(

@@ -1,5 +1,6 @@
 """The derivative of the solution of a window, by the implicit function theorem."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from .._iterate import Iteration, JointSolution
 from .._method import AbstractMethod
 from .._scan import AbstractScan
 from .._window import AbstractWindow, Iterate
-from .linear import linear_solve
+from .linear import is_sequential, linear_solve, share_read
 
 
 _T = TypeVar("_T")
@@ -47,6 +48,11 @@ def _(primals, tangents, *, method, scan):
     # The value at the start is dealt with by the solve.
     t_start = with_zeros(t_window.y0, window.y0)
     t_window = eqx.tree_at(lambda w: w.y0, t_window, None, is_leaf=_is_none)
+    if is_sequential(window) and 1 <= share_read(window, t_window) < math.inf:
+        # An evaluation for each substep serves all of its derivatives.
+        return at, window.derivative(at, t_window, t_start, None)
+    # Otherwise `b` takes another one, but of all substeps at once. Its transpose then
+    # also adds up once what else, of a long table, would be added up in each substep.
     targets = lambda window: window.all_targets(at)
     _, b = eqx.filter_jvp(targets, (window,), (t_window,))
     return at, linear_solve(window, at, method, scan)(t_start, with_zeros(b, at))

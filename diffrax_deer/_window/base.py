@@ -1,4 +1,5 @@
 import abc
+from typing import Self
 
 import equinox as eqx
 import jax
@@ -145,10 +146,24 @@ class AbstractWindow(eqx.Module):
 
     @abc.abstractmethod
     def derivative(
-        self, at: Iterate, start: Float[Array, " size"], b: Iterate
+        self,
+        at: Iterate,
+        tangent: Self,
+        start: Float[Array, " size"],
+        b: Iterate | None,
     ) -> Iterate:
-        """Solves the linearised equations with the right-hand side `b` one substep
-        after the other, if `start` is the derivative of `y0`. Must be explicit."""
+        """Solves the linearised equations, one substep after the other. These must be
+        explicit.
+
+        `start` is the derivative of `y0`, and `tangent` is that of all else, in which
+        anything may be missing. What follows from it may also be given, as `b`.
+        """
+
+    @property
+    def core(self) -> Self:
+        """All that does not depend on the substep."""
+        replace = lambda w: (w.xs, w.y0)
+        return eqx.tree_at(replace, self, (None, None), is_leaf=lambda x: x is None)
 
     def noise(
         self,

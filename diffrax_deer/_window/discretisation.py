@@ -19,10 +19,6 @@ from .scheme import leaves_read, Scheme
 from .stages import StageWindow
 
 
-# Of less than this, it makes no difference how much is read.
-_MIN_TABLE_BYTES = 2**12
-
-
 class Discretisation(eqx.Module):
     """A differential equation and a solver, on a grid.
 
@@ -137,21 +133,6 @@ class Discretisation(eqx.Module):
         """How many evaluations follow one another in all steps. (Of a solver that is no
         Runge--Kutta method, how many steps.)"""
         return self.substeps * self.scheme.span
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether an evaluation of the vector field only reads some of what it depends
-        on, as if it interpolates a long table."""
-        floats = jtu.tree_leaves(eqx.filter(self.window, eqx.is_inexact_array))
-        size = sum(x.size * x.dtype.itemsize for x in floats)
-        if size < _MIN_TABLE_BYTES:
-            return False
-        arrays, rest = eqx.partition(self, eqx.is_array)
-        arrays = jax.eval_shape(lambda: arrays)
-        steps = jax.jit(lambda arrays: eqx.combine(arrays, rest).sequential())
-        # What is in a loop is counted once.
-        cost: Any = steps.lower(arrays).cost_analysis()
-        return size > cost["bytes accessed"]
 
     def whole(self, at: Iterate) -> Whole:
         """The steps of the solver, of all leaves."""

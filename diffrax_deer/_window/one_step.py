@@ -2,7 +2,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -127,18 +126,19 @@ class AbstractMapWindow(AbstractWindow):
     def interpolated(self, ys: Float[Array, "substeps size"]) -> Iterate:
         return Iterate(ys, jnp.zeros((len(ys), 0, 0, ys.shape[1]), ys.dtype))
 
-    def derivative(
-        self, at: Iterate, start: Float[Array, " size"], b: Iterate
-    ) -> Iterate:
+    def derivative(self, at, tangent, start, b):
+        core, t_core = self.core, tangent.core
+
         def body(dy, inputs):
-            x, y, b = inputs
-            value = lambda y: self.value(x, y[None])[0, 0]
-            _, moved = jax.jvp(value, (y,), (dy,))
-            dy = moved + b
+            x, t_x, y, b = inputs
+            value = lambda core, x, y: core.value(x, y[None])[0, 0]
+            _, dy = eqx.filter_jvp(value, (core, x, y), (t_core, t_x, dy))
+            dy = dy if b is None else dy + b.ys
             return dy, dy
 
-        _, dys = lax.scan(body, start, (self.xs, self.starts(at.ys), b.ys))
-        return Iterate(dys, b.ks)
+        inputs = (self.xs, tangent.xs, self.starts(at.ys), b)
+        _, dys = lax.scan(body, start, inputs)
+        return Iterate(dys, at.ks)
 
 
 class _MapElimination(AbstractElimination):

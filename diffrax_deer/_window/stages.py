@@ -167,24 +167,27 @@ class StageWindow(AbstractWindow):
             ks = ks.at[:, :, i].set(stage(self.xs, others[:, i - needed]))
         return Iterate(ys, ks)
 
-    def derivative(
-        self, at: Iterate, start: Float[Array, " size"], b: Iterate
-    ) -> Iterate:
+    def derivative(self, at, tangent, start, b):
+        core, t_core = self.core, tangent.core
+
         def body(dy, inputs):
-            x, points, b_y, b_k = inputs
+            x, t_x, points, b = inputs
 
             def stage(i, dk):
                 moved = dy + jnp.sum(A[:, i] * dk, axis=(0, 1))
-                value = lambda y: self.stage(x, i, y)
-                _, moved = jax.jvp(value, (points[i],), (moved,))
-                return dk.at[:, i].set(moved + b_k[:, i])
+                value = lambda core, x, y: core.stage(x, i, y)
+                at = core, x, points[i]
+                _, dk_i = eqx.filter_jvp(value, at, (t_core, t_x, moved))
+                dk_i = dk_i if b is None else dk_i + b.ks[:, i]
+                return dk.at[:, i].set(dk_i)
 
             dk = lax.fori_loop(0, self.tableau.stages, stage, zeros)
-            dy = dy + jnp.sum(weights * dk, axis=(0, 1)) + b_y
+            dy = dy + jnp.sum(weights * dk, axis=(0, 1))
+            dy = dy if b is None else dy + b.ys
             return dy, (dy, dk)
 
         A, weights, zeros = self._constants()
-        inputs = (self.xs, self.points(at), b.ys, b.ks)
+        inputs = (self.xs, tangent.xs, self.points(at), b)
         _, (dys, dks) = lax.scan(body, start, inputs)
         return Iterate(dys, dks)
 
