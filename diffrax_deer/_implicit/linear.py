@@ -27,7 +27,7 @@ from .._window import AbstractWindow, is_noisy, Iterate, noise_of_linear
 _Solve = Callable[[Float[Array, " size"], Iterate], Iterate]
 
 # Of less than this, it makes no difference how much is read.
-_MIN_BYTES = 2**12
+_MIN_BYTES = 2**10
 # A residual below this many rounding errors cannot be told from zero.
 _ROUNDING = 16
 

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import equinox as eqx
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -136,6 +137,8 @@ class AbstractMapWindow(AbstractWindow):
             dy = dy if b is None else dy + b.ys
             return dy, dy
 
+        # Otherwise backwards all evaluations would be stored before any is needed.
+        body = jax.checkpoint(body, prevent_cse=False)
         inputs = (self.xs, tangent.xs, self.starts(at.ys), b)
         _, dys = lax.scan(body, start, inputs)
         return Iterate(dys, at.ks)

@@ -187,6 +187,8 @@ class StageWindow(AbstractWindow):
             return dy, (dy, dk)
 
         A, weights, zeros = self._constants()
+        # Otherwise backwards all evaluations would be stored before any is needed.
+        body = jax.checkpoint(body, prevent_cse=False)
         inputs = (self.xs, tangent.xs, self.points(at), b)
         _, (dys, dks) = lax.scan(body, start, inputs)
         return Iterate(dys, dks)
