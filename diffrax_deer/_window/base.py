@@ -1,5 +1,4 @@
 import abc
-from typing import Self
 
 import equinox as eqx
 import jax
@@ -148,7 +147,7 @@ class AbstractWindow(eqx.Module):
     def derivative(
         self,
         at: Iterate,
-        tangent: Self,
+        tangent: "AbstractWindow",
         start: Float[Array, " size"],
         b: Iterate | None,
     ) -> Iterate:
@@ -160,7 +159,7 @@ class AbstractWindow(eqx.Module):
         """
 
     @property
-    def core(self) -> Self:
+    def core(self) -> "AbstractWindow":
         """All that does not depend on the substep."""
         replace = lambda w: (w.xs, w.y0)
         return eqx.tree_at(replace, self, (None, None), is_leaf=lambda x: x is None)
