@@ -173,7 +173,9 @@ def draw(rows: list[study.Row], panels: list[Axes]) -> None:
         panel.set(xscale="log", yscale="log", xlabel="error", ylabel="time / ms")
         panel.set_title(task)
         panel.invert_xaxis()
-    panels[0].legend(fontsize=6)
+    panels[0].legend(
+        fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2
+    )
 
 
 def _choices(rows: list[study.Row]) -> dict[str, list[study.Row]]:
