@@ -54,6 +54,7 @@ def _compare(solver, terms, y0, args, *, substeps, windows=1, tol=1e-10, **kwarg
         terms, solver, ts, y0, args, saveat=SaveAt(ts=points, t1=True, dense=True)
     )
     assert max_error(deer.ys, ref.ys) < tol
+    assert deer.solver_state.num_iterations <= substeps
     # Not at a grid point, where derivatives may jump.
     t = t0 + 1.3571
     assert max_error(deer.evaluate(t), ref.evaluate(t)) < tol
