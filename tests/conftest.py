@@ -11,6 +11,9 @@ version = importlib.metadata.version("jaxlib").split(".")
 if (int(version[0]), int(version[1])) < (0, 11):
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", flags)
+# Its threads wait for one another by spinning, which takes seconds if there are other
+# processes on the same cores, such as tests.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import pytest

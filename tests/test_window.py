@@ -324,3 +324,34 @@ def test_large_implicit_systems(solver):
     *_, state, result = solve(term, ts[0], ts[-1], y0, None, state, False)
     assert result == diffrax.RESULTS.successful
     assert state.num_iterations <= 10
+
+
+@pytest.mark.parametrize(
+    "solver",
+    (diffrax.Kvaerno3(root_finder=root_finder), GaussLegendre(2), GaussLegendre(4)),
+    ids=solver_id,
+)
+def test_calls_of_lapack(solver):
+    # On a CPU, calls that do not depend on one another may wait for each other for
+    # ever: of all that has to be solved there is one inverse, and its two triangular
+    # systems follow from its factorisation.
+    size, substeps = 20, 4
+    term = ODETerm(lambda t, y, args: jnp.tanh(y[::-1]) - y)
+    ts, y0 = jnp.linspace(0, 3, substeps + 1), jnp.linspace(-1, 1, size)
+    window = Discretisation(solver, term, None, ts[:-1], ts[1:], y0).window
+    at = jit(window.interpolated, jnp.zeros((substeps, size)))
+    b, start = _random(at, 2), jr.normal(jr.key(3), (size,))
+
+    def value_and_gradient(at, start, b):
+        # Of several right-hand sides.
+        solve = jax.vmap(
+            direct(window, at, DEER(), SequentialScan()), in_axes=(0, None)
+        )
+        out, vjp = jax.vjp(solve, jnp.stack([start, 2 * start]), b)
+        return out, vjp(out)
+
+    text = jax.jit(value_and_gradient).lower(at, start, b).compile().as_text()
+    calls = [line for line in text.splitlines() if "custom_call_target=" in line]
+    number = lambda name: sum(name in line for line in calls)
+    assert number("lapack_dgetrf") == 1
+    assert number("lapack_dtrsm") <= 2

@@ -1,11 +1,10 @@
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
-import jax.scipy as jsp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float
@@ -33,8 +32,9 @@ class StageElimination(AbstractElimination):
 
     tableau: Tableau = eqx.field(static=True)
     J: Matrices
-    # Of what has to be solved for implicit stages. `None` for those that are explicit.
-    factors: Sequence[tuple[Array, Array] | Array | None]
+    # Of what has to be solved for implicit stages, each as the matrices to multiply
+    # with, one after the other. Of stages that are explicit there are none.
+    inverses: Sequence[tuple[Array, ...]]
     A: Matrices
     is_exact: bool = eqx.field(static=True)
 
@@ -43,12 +43,12 @@ class StageElimination(AbstractElimination):
         self.J = J
         self.is_exact = True
         if tableau.is_diagonally_implicit:
-            self.factors = self._stage_factors()
+            self.inverses = self._of_stages()
         elif self._is_diagonal or tableau.stages * J.shape[-1] <= _DENSE:
-            self.factors = [self._factor_all()]
+            self.inverses = [self._of_all_stages()]
         else:
             self.is_exact = False
-            self.factors = self._factor_modes()
+            self.inverses = [self._of_modes()]
         if self._is_diagonal:
             self.A = self._step(jnp.ones_like(J[:, 0, 0]))
         else:
@@ -90,36 +90,35 @@ class StageElimination(AbstractElimination):
                     dY = dY + float(A[i, j]) * dks[j][:, part]
             if A[i, i] != 0 and r is not None:
                 dY = dY + float(A[i, i]) * r[:, part, i]
-        return _solve_with(self.factors[i], dY)
+        return _apply(self.inverses[i], dY)
 
-    def _stage_factors(self):
-        # All in one call: on CPUs, XLA may hang on several at once.
+    def _of_stages(self):
         diagonals = np.diagonal(self.tableau.A, axis1=1, axis2=2)
         implicit = np.flatnonzero(diagonals.any(axis=0))
         if len(implicit) == 0:
-            return [None] * self.tableau.stages
+            return [()] * self.tableau.stages
         J = self.J[:, :, implicit]
         weights = jnp.asarray(diagonals[:, implicit], J.dtype)
         weights = jnp.expand_dims(weights, (0, *range(3, J.ndim)))
         X = -jnp.sum(weights * J, axis=1)
-        factor = 1 + X if self._is_diagonal else _factor(X)
-        factors: list[Any] = [None] * self.tableau.stages
+        inverse = 1 / (1 + X) if self._is_diagonal else _inverse(X)
+        inverses: list[tuple[Array, ...]] = [()] * self.tableau.stages
         for k, i in enumerate(implicit):
-            factors[i] = jtu.tree_map(lambda x: x[:, k], factor)
-        return factors
+            inverses[i] = (inverse[:, k],)
+        return inverses
 
-    def _factor_all(self):
+    def _of_all_stages(self):
         # Of methods that are not diagonally implicit there is only ever one part.
         [A] = self.tableau.A
         J = self.J[:, 0]
         if self._is_diagonal:
             # A system between the stages for each of the components.
             A = jnp.asarray(A, J.dtype)[None, None]
-            return _factor(-A * jnp.swapaxes(J, -1, -2)[:, :, None])
+            return _inverse_factors(-A * jnp.swapaxes(J, -1, -2)[:, :, None])
         A = jnp.asarray(A, J.dtype)[None, :, None, :, None]
         J = jnp.moveaxis(J, 1, 2)[:, None]
         length = J.shape[2] * J.shape[3]
-        return _factor((-A * J).reshape(len(J), length, length))
+        return _inverse_factors((-A * J).reshape(len(J), length, length))
 
     def _modes(self):
         # Of the coefficients: `A = T diag(eigenvalues) T^-1`. Of complex conjugates one
@@ -130,20 +129,19 @@ class StageElimination(AbstractElimination):
         twice = np.where(imag[kept] > 0, 2, 1)
         return eigenvalues[kept], np.linalg.inv(T)[kept], (twice * T[:, kept]).T
 
-    def _factor_modes(self):
+    def _of_modes(self):
         # As if the Jacobians of all stages were the same, so that stages decouple into
         # systems of the size of the state. (Hairer & Wanner, Solving Ordinary
-        # Differential Equations II, section IV.8.) Complex ones are made of real parts,
-        # and all are factored in one call, as above.
+        # Differential Equations II, section IV.8.) Complex ones are made of real parts.
         eigenvalues, _, _ = self._modes()
         J = jnp.mean(self.J[:, 0], axis=1)[:, None]
         part = lambda x: jnp.asarray(x, J.dtype)[None, :, None, None] * J
         real, imag = part(np.real(eigenvalues)), part(np.imag(eigenvalues))
-        return [_factor(jnp.block([[-real, imag], [-imag, -real]]))]
+        return (_inverse(jnp.block([[-real, imag], [-imag, -real]])),)
 
     def _solve_modes(self, rhs):
         _, to_modes, from_modes = self._modes()
-        [factor] = self.factors
+        [inverse] = self.inverses
 
         def transform(x):
             # With axes for modes and stages.
@@ -152,7 +150,7 @@ class StageElimination(AbstractElimination):
         def roughly(x):
             parts = (np.real(to_modes), np.imag(to_modes))
             modes = [jnp.sum(transform(T) * x[:, None], axis=2) for T in parts]
-            modes = _solve_with(factor, jnp.concatenate(modes, axis=-1))
+            modes = _apply(inverse, jnp.concatenate(modes, axis=-1))
             u, v = jnp.split(modes[:, :, None], 2, axis=-1)
             real, imag = np.real(from_modes), np.imag(from_modes)
             terms = transform(real) * u - transform(imag) * v
@@ -171,10 +169,10 @@ class StageElimination(AbstractElimination):
         if r is not None:
             dY = dY + weighted(self.tableau.A, r)
         if self._is_diagonal:
-            dY = _solve_with(self.factors[0], jnp.swapaxes(dY, -1, -2))
+            dY = _apply(self.inverses[0], jnp.swapaxes(dY, -1, -2))
             dY = jnp.swapaxes(dY, -1, -2)
         elif self.is_exact:
-            dY = _solve_with(self.factors[0], dY.reshape(len(dY), -1)).reshape(shape)
+            dY = _apply(self.inverses[0], dY.reshape(len(dY), -1)).reshape(shape)
         else:
             dY = self._solve_modes(dY)
         dk = matvec(self.J, dY[:, None])
@@ -227,16 +225,31 @@ def weighted(
     return sums.reshape(substeps, *several, size)
 
 
-def _factor(X):
+# Matrices are inverted, rather than factored for later solves, as everything else then
+# are products. XLA would make many of the solves at once, and on a CPU JAX divides each
+# over the threads of the pool that it waits in: with few of these, for ever.
+
+
+def _inverse(X):
     """Of `1 + X`."""
+    return jnp.linalg.inv(X + jnp.eye(X.shape[-1], dtype=X.dtype))
+
+
+def _inverse_factors(X):
+    """The same as two triangular matrices, of which the first one is permuted. This is
+    as accurate as a solve for all stages as a whole, of which some may be stiff, and
+    some of their combinations not."""
     eye = jnp.eye(X.shape[-1], dtype=X.dtype)
-    return jsp.linalg.lu_factor(X + jnp.expand_dims(eye, range(X.ndim - 2)))
+    LU, _, permutation = lax.linalg.lu(X + eye)
+    U_T = jnp.swapaxes(jnp.triu(LU), -1, -2)
+    lower = jnp.stack([jnp.tril(LU, -1) + eye, U_T])
+    of = jnp.stack([eye[permutation], jnp.broadcast_to(eye, LU.shape)])
+    # Both in one call.
+    first, second_T = lax.linalg.triangular_solve(lower, of, left_side=True, lower=True)
+    return first, jnp.swapaxes(second_T, -1, -2)
 
 
-def _solve_with(factor, x):
-    if factor is None:
-        return x
-    elif isinstance(factor, tuple):
-        return jsp.linalg.lu_solve(factor, x[..., None])[..., 0]
-    else:
-        return x / factor
+def _apply(inverse, x):
+    for factor in inverse:
+        x = matvec(factor, x)
+    return x
