@@ -350,7 +350,7 @@ def test_calls_of_lapack(solver):
         out, vjp = jax.vjp(solve, jnp.stack([start, 2 * start]), b)
         return out, vjp(out)
 
-    text = jax.jit(value_and_gradient).lower(at, start, b).compile().as_text()
+    text: Any = jax.jit(value_and_gradient).lower(at, start, b).compile().as_text()
     calls = [line for line in text.splitlines() if "custom_call_target=" in line]
     number = lambda name: sum(name in line for line in calls)
     assert number("lapack_dgetrf") == 1

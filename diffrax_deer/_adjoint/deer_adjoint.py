@@ -22,7 +22,7 @@ from .._checks import check_one_step_solver, check_positive_int, check_state
 from .._custom_types import Args, RealScalarLike, Terms
 from .._failure import error_if_any
 from .._grid import AdaptiveGrid
-from .._implicit import share_read, without_gradient
+from .._implicit import is_sequential, share_read, without_gradient
 from .._solver import DeerSolver
 from .._window import Discretisation, has_tree, leaves_read, ravel, Scheme
 from .event import call_event, event_time
@@ -183,8 +183,10 @@ class DeerAdjoint(AbstractAdjoint):
         if type(solver) is DeerSolver:
             one_step_solver, reads = solver.solver, solver.leaves_read(*of_first)
             solver.check_solver_state(init_state.solver_state, y0, reads)
+            sharding = solver.sharding
         else:
             one_step_solver, reads = solver, leaves_read(solver, *of_first)
+            sharding = None
         scheme = Scheme(one_step_solver, terms, args, y0, reads)
         if are_known(stepsize_controller):
             times = KnownTimes(
@@ -194,14 +196,15 @@ class DeerAdjoint(AbstractAdjoint):
         else:
             times = None
         y0 = ravel(y0, y0)
-        is_kept = not _are_repeated(scheme, solver)
+        # Or else substeps are made again for their derivatives.
+        is_kept = not is_sequential(scheme.is_explicit, sharding)
         has_table = not is_kept and _has_table(scheme, t0, init_state.tnext)
         stepper = self._stepper(
             *(solver, stepsize_controller, times, event, max_steps, scheme.read(y0)),
             *(has_tree(terms), has_table),
         )
         layout = self._layout(
-            stepper, stepsize_controller, scheme, saveat, y0, max_steps
+            *(stepper, stepsize_controller, scheme, saveat, y0, max_steps, is_kept)
         )
         call = call_event(
             args,
@@ -311,11 +314,12 @@ class DeerAdjoint(AbstractAdjoint):
             return Windows(solver, controller)
         return MergedWindows(solver, times, steps)
 
-    def _layout(self, stepper, controller, scheme, saveat, y0, max_steps) -> Layout:
+    def _layout(
+        self, stepper, controller, scheme, saveat, y0, max_steps, is_kept
+    ) -> Layout:
         # Only what is asked for is kept, unless that is everything.
         subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
-        is_all = saveat.dense or any(sub.steps > 0 for sub in subs)
-        is_all = is_all or not _are_repeated(scheme, stepper.solver)
+        is_all = is_kept or saveat.dense or any(sub.steps > 0 for sub in subs)
         ts = [sub.ts for sub in subs if sub.ts is not None]
         if is_all:
             ts = None
@@ -372,14 +376,6 @@ def _check(solver, terms, init_state):
             "`adjoint=DeerAdjoint()` does not support `UnsafeBrownianPath`, which "
             "cannot be evaluated a second time. Use `VirtualBrownianTree` instead."
         )
-
-
-def _are_repeated(scheme: Scheme, solver: AbstractSolver) -> bool:
-    """Whether substeps are made again for their derivatives, one after the other,
-    rather than kept."""
-    if type(solver) is DeerSolver and solver.sharding is not None:
-        return False
-    return jax.default_backend() == "cpu" and scheme.is_explicit
 
 
 def _has_table(scheme: Scheme, t0: Array, t1: Array) -> bool:

@@ -1,4 +1,4 @@
-from .linear import share_read as share_read
+from .linear import is_sequential as is_sequential, share_read as share_read
 from .solution import (
     as_known as as_known,
     implicit_solution as implicit_solution,

@@ -15,6 +15,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from .._linear_algebra import Matrices, matvec, transpose
@@ -41,7 +42,7 @@ def linear_solve(
         _, jacobians = method.linearise(window, window.points(at))
         return window.eliminate(jacobians())
 
-    if is_sequential(window):
+    if is_sequential(window.is_explicit, window.sharding):
         nothing = eqx.filter(window, False)
         return lambda start, b: window.derivative(at, nothing, start, b)
     is_full = jax.eval_shape(lambda: eliminate(method)).A.ndim == at.ys.ndim + 1
@@ -55,10 +56,10 @@ def linear_solve(
         return iterative(window, at, DEER(), scan)
 
 
-def is_sequential(window: AbstractWindow) -> bool:
-    """Whether nothing is gained from more work at once."""
-    is_single = window.sharding is None
-    return jax.default_backend() == "cpu" and window.is_explicit and is_single
+def is_sequential(is_explicit: bool, sharding: NamedSharding | None) -> bool:
+    """Whether substeps are differentiated one after the other, as nothing is gained
+    from more work at once."""
+    return jax.default_backend() == "cpu" and is_explicit and sharding is None
 
 
 def share_read(window: AbstractWindow, tangent: AbstractWindow) -> float:

@@ -48,7 +48,8 @@ def _(primals, tangents, *, method, scan):
     # The value at the start is dealt with by the solve.
     t_start = with_zeros(t_window.y0, window.y0)
     t_window = eqx.tree_at(lambda w: w.y0, t_window, None, is_leaf=_is_none)
-    if is_sequential(window) and 1 <= share_read(window, t_window) < math.inf:
+    one_by_one = is_sequential(window.is_explicit, window.sharding)
+    if one_by_one and 1 <= share_read(window, t_window) < math.inf:
         # An evaluation for each substep serves all of its derivatives.
         return at, window.derivative(at, t_window, t_start, None)
     # Otherwise `b` takes another one, but of all substeps at once. Its transpose then
