@@ -51,7 +51,7 @@ def problems() -> dict[str, span.Problem]:
     names = [
         *("two bodies", "van der Pol, 5", "FitzHugh-Nagumo", "Brusselator"),
         *("Kepler, 0.6", "Lotka-Volterra", "neural, 16", "rigid body"),
-        *("three bodies", "double pendulum", "pulse"),
+        *("three bodies", "Pleiades", "double pendulum", "pulse"),
     ]
 
     def late_pulse(t, y, args):

@@ -20,6 +20,7 @@ from diffrax_deer import (
     DeerSolver,
     ELK,
     ExtrapolationGuess,
+    GaussLegendre,
     Jacobi,
     KernelScan,
     QuasiDEER,
@@ -160,13 +161,18 @@ def test_one_failing_element_changes_no_other():
 
 def test_flags():
     # As strict as JAX can be, and that is when it traces.
-    def trace(*args, **kwargs):
-        jax.make_jaxpr(lambda y0: _solve(_decay, y0, *args, **kwargs).ys)(jnp.ones(2))
+    def trace(*args, size=2, **kwargs):
+        solve = lambda y0: _solve(_decay, y0, *args, **kwargs).ys
+        jax.make_jaxpr(solve)(jnp.ones(size))
 
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         trace(DeerSolver(diffrax.Tsit5(), 8))
         implicit = diffrax.ImplicitEuler(root_finder=root_finder)
         trace(DeerSolver(implicit, 8))
+        # Of which the stages are found as a whole, one by one, or by their modes.
+        trace(DeerSolver(GaussLegendre(2), 8))
+        trace(DeerSolver(GaussLegendre(2), 8, method=QuasiDEER()))
+        trace(DeerSolver(GaussLegendre(2), 8), size=40)
         trace(diffrax.Tsit5(), adjoint=DeerAdjoint())
         for method, guess in (
             (ELK(), ConstantGuess()),

@@ -232,21 +232,25 @@ def weighted(
 
 def _inverse(X):
     """Of `1 + X`."""
-    return jnp.linalg.inv(X + jnp.eye(X.shape[-1], dtype=X.dtype))
+    return jnp.linalg.inv(X + _eye_like(X))
 
 
 def _inverse_factors(X):
     """The same as two triangular matrices, of which the first one is permuted. This is
     as accurate as a solve for all stages as a whole, of which some may be stiff, and
     some of their combinations not."""
-    eye = jnp.eye(X.shape[-1], dtype=X.dtype)
+    eye = _eye_like(X)
     LU, _, permutation = lax.linalg.lu(X + eye)
-    U_T = jnp.swapaxes(jnp.triu(LU), -1, -2)
-    lower = jnp.stack([jnp.tril(LU, -1) + eye, U_T])
-    of = jnp.stack([eye[permutation], jnp.broadcast_to(eye, LU.shape)])
+    L, U_T = jnp.tril(LU, -1) + eye, jnp.swapaxes(jnp.triu(LU), -1, -2)
+    permuted = jnp.take_along_axis(eye, permutation[..., None], axis=-2)
     # Both in one call.
-    first, second_T = lax.linalg.triangular_solve(lower, of, left_side=True, lower=True)
+    both = jnp.stack([L, U_T]), jnp.stack([permuted, eye])
+    first, second_T = lax.linalg.triangular_solve(*both, left_side=True, lower=True)
     return first, jnp.swapaxes(second_T, -1, -2)
+
+
+def _eye_like(X):
+    return jnp.broadcast_to(jnp.eye(X.shape[-1], dtype=X.dtype), X.shape)
 
 
 def _apply(inverse, x):
