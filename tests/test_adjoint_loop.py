@@ -59,6 +59,25 @@ def test_max_steps_reached(solver, adjoint):
     assert {k: sol.stats[k] for k in ref.stats} == ref.stats
 
 
+@pytest.mark.parametrize("solver", (heun, deer(heun)), ids=("heun", "windows"))
+def test_no_tiny_step_at_the_end(solver):
+    # Added up, ten steps end just before it.
+    assert 1 - 1e-15 < sum([0.1] * 10) < 1
+    term, y0, args = problem()
+    controller = diffrax.PIDController(rtol=1, atol=1, dtmax=0.1)
+
+    def solve(solver, adjoint):
+        return diffeqsolve(
+            *(term, solver, 0, 1, 0.1, y0, args),
+            stepsize_controller=controller,
+            adjoint=adjoint,
+        )
+
+    sol, ref = solve(solver, DeerAdjoint()), solve(heun, checkpointed)
+    assert sol.stats["num_steps"] == ref.stats["num_steps"] == 10
+    assert max_error(sol.ys, ref.ys) < 1e-12
+
+
 @pytest.mark.parametrize(
     "solver,controller,adjoint,num_steps",
     (
