@@ -28,8 +28,9 @@ example-sde: $(VENV)/installed
 example-gru: $(VENV)/installed
 	$(BIN)/python examples/gru_long_sequence.py
 
+# Each process takes files that follow one another, and so compiles what these share once.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -2,9 +2,8 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import optimistix as optx
-from diffrax import AbstractSolver, RESULTS
+from diffrax import AbstractSolver
 
 from .._checks import check_instance, check_one_step_solver, check_positive_int
 from .._custom_types import IntScalarLike
@@ -78,22 +77,17 @@ class NestedGuess(AbstractGuess):
             max_iters=_MAX_ITERS if self.max_iters is None else self.max_iters,
         )
         first, span = guess(coarse, None)
-        first = coarse.window.finite(first)
-        solution = iteration.run(first)
-        okay = solution.result == RESULTS.successful
-        at = _where(okay, solution.at, first)
+        # Also if this is not successful: the comparison below decides.
+        solution = iteration.run(coarse.window.finite(first))
         if is_even:
-            ys = coarse.evaluate_within(at, problem.t1s.reshape(steps, self.factor))
+            t1s = problem.t1s.reshape(steps, self.factor)
+            ys = coarse.evaluate_within(solution.at, t1s)
         else:
-            ys = coarse.evaluate(at, problem.t1s)
+            ys = coarse.evaluate(solution.at, problem.t1s)
         ys = problem.ravel_all(ys)
         # Of the last comparison, too.
         span = span + solution.span + 1
         return unless_constant_is_better(problem, ys), span
-
-
-def _where(pred, x: Iterate, y: Iterate) -> Iterate:
-    return Iterate(jnp.where(pred, x.ys, y.ys), jnp.where(pred, x.ks, y.ks))
 
 
 NestedGuess.__init__.__doc__ = """**Arguments:**
