@@ -242,7 +242,7 @@ def _inverse_factors(X):
     eye = _eye_like(X)
     LU, _, permutation = lax.linalg.lu(X + eye)
     L, U_T = jnp.tril(LU, -1) + eye, jnp.swapaxes(jnp.triu(LU), -1, -2)
-    permuted = jnp.take_along_axis(eye, permutation[..., None], axis=-2)
+    permuted = jax.nn.one_hot(permutation, eye.shape[-1], dtype=eye.dtype)
     # Both in one call.
     both = jnp.stack([L, U_T]), jnp.stack([permuted, eye])
     first, second_T = lax.linalg.triangular_solve(*both, left_side=True, lower=True)
