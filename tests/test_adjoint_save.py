@@ -23,6 +23,7 @@ from .helpers import deer, diffeqsolve, max_error, problem, SaveAt
 
 
 euler = diffrax.Euler()
+direct = diffrax.DirectAdjoint()
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,34 @@ def test_step_aligned_saves(solver, steps):
     assert grad(1.0) == steps + 1
 
 
+@pytest.mark.parametrize(
+    "solver",
+    (diffrax.Heun(), deer(diffrax.Heun()), DeerSolver(diffrax.Heun(), 8)),
+    ids=("heun", "merged", "windows"),
+)
+def test_saves_at_rounded_ends(solver):
+    # Steps of which some end a rounding error before a save time, and some after it,
+    # depending on how XLA arranges the arithmetic.
+    ts, weights = jnp.linspace(0, 63, 50), jnp.cos(jnp.arange(50))
+
+    @eqx.filter_jit
+    def value_and_grad(adjoint):
+        def loss(y0, decay):
+            sol = diffeqsolve(
+                *(ODETerm(lambda t, y, decay: jnp.cos(t) - decay * y), solver),
+                *(0, 63, 63 / 49, y0, decay),
+                saveat=SaveAt(ts=ts),
+                adjoint=adjoint,
+                max_steps=64,
+            )
+            return jnp.sum(weights * sol.ys), sol.ys
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(1.0, 0.1)
+
+    actual, expected = value_and_grad(DeerAdjoint()), value_and_grad(direct)
+    assert max_error(actual, expected) < 1e-12
+
+
 @pytest.mark.parametrize("max_steps", (256, 2), ids=("all", "some"))
 def test_many_saves(max_steps):
     # Hundreds in some of the steps, and none in others; and some steps that fail.
@@ -72,7 +101,7 @@ def test_many_saves(max_steps):
 
         return jax.vmap(one)(y0s)
 
-    expected, actual = solve(diffrax.DirectAdjoint()), solve(DeerAdjoint())
+    expected, actual = solve(direct), solve(DeerAdjoint())
     is_saved = jnp.isfinite(expected.ts)
     assert jnp.all(is_saved) == (max_steps == 256)
     if max_steps == 256:

@@ -310,6 +310,20 @@ def _(primals, tangents, *, is_kept, needs_chunks):
     return values, Values(t_chunks, t_kept, t_last)
 
 
+def _which(
+    starts: Real[Array, " substeps"],
+    ends: Real[Array, " substeps"],
+    ts: Real[Array, " times"],
+) -> Int[Array, " times"]:
+    """In which of these substeps the times are, or nearest to which."""
+    after = jnp.minimum(jnp.searchsorted(ends, ts), len(ends) - 1)
+    # When substeps were kept, their times may have been rounded otherwise. So where one
+    # ends at a save time, it may seem to end before, and the next one to be far away.
+    before = jnp.maximum(after - 1, 0)
+    is_before = (after > 0) & (ts - ends[before] < starts[after] - ts)
+    return jnp.where(is_before, before, after)
+
+
 def _without_chunks(values: Values) -> Values:
     return Values(None, values.kept, values.last)
 
@@ -448,9 +462,8 @@ class Trajectory(eqx.Module):
     def evaluate(self, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, in substeps that are kept."""
         kept, of_substeps = self.problem.substeps.kept, self.problem.of_substeps
-        _, ends = divided(of_substeps(kept), self.problem.sharding)
-        index = jnp.searchsorted(lax.stop_gradient(ends), ts)
-        index = jnp.minimum(index, len(kept) - 1)
+        times = lax.stop_gradient(of_substeps(kept))
+        index = _which(*divided(times, self.problem.sharding), ts)
         of_kept = lambda x: jtu.tree_map(lambda x: x[index], x)
         # Whichever is less. (Some solvers have to make their steps again.)
         if len(ts) > len(kept):
