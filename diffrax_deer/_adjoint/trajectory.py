@@ -463,7 +463,8 @@ class Trajectory(eqx.Module):
         """The solution at many times at once, in substeps that are kept."""
         kept, of_substeps = self.problem.substeps.kept, self.problem.of_substeps
         times = lax.stop_gradient(of_substeps(kept))
-        index = _which(*divided(times, self.problem.sharding), ts)
+        starts, ends = divided(times, self.problem.sharding)
+        index = _which(starts, ends, ts)
         of_kept = lambda x: jtu.tree_map(lambda x: x[index], x)
         # Whichever is less. (Some solvers have to make their steps again.)
         if len(ts) > len(kept):
