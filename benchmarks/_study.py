@@ -97,14 +97,15 @@ def distance(actual: Any, expected: Any) -> float | None:
 
 
 def show(rows: Sequence[Row], hide: Sequence[str] = ()) -> None:
-    """Prints them as tables, one for each suite, without the columns in `hide`."""
-    for suite in dict.fromkeys(row["suite"] for row in rows):
-        members = [row for row in rows if row["suite"] == suite]
+    """Prints them as tables, one for each suite if there are any, without the columns
+    in `hide`."""
+    for suite in dict.fromkeys(row.get("suite") for row in rows):
+        members = [row for row in rows if row.get("suite") == suite]
         keys = dict.fromkeys(key for row in members for key in row)
         keys = [key for key in keys if key not in ("suite", *hide)]
         lines = [keys] + [[_cell(row.get(key)) for key in keys] for row in members]
         widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
-        print(f"\n{suite}")
+        print("" if suite is None else f"\n{suite}")
         for line in lines:
             print("  ".join(x.ljust(n) for x, n in zip(line, widths)).rstrip())
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from benchmarks.__main__ import compare
 from benchmarks._contenders import contenders
+from benchmarks._study import show
 from benchmarks._tasks import neural_cde
 from benchmarks.table import updated
 
@@ -19,6 +20,15 @@ def test_documents(path):
     # Otherwise run `python -m benchmarks.table docs/...`.
     text = path.read_text()
     assert updated(text) == text
+
+
+def test_show(capsys):
+    show([dict(name="a", span=3.0), dict(name="b", error=None)])
+    assert (
+        capsys.readouterr().out == "\nname  span  error\na     3     -\nb     -     -\n"
+    )
+    show([dict(suite="first", n=1), dict(suite="second", m=2)], hide=("m",))
+    assert capsys.readouterr().out == "\nfirst\nn\n1\n\nsecond\n\n\n"
 
 
 def test_compare(capsys):
