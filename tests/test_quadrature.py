@@ -187,6 +187,17 @@ def test_nonfinite():
     assert all(jnp.isfinite(y).all() for y in sol.ys)
 
 
+def test_nonfinite_at_the_end():
+    # There is only the stage that the error estimate alone needs.
+    term = ODETerm(lambda t, y, args: (-y[0], y[0] / jnp.sqrt(1 - t)))
+    inputs = term, (jnp.ones(()), jnp.zeros(())), None
+    bosh3 = diffrax.Bosh3()
+    actual = _solve(inputs, DeerSolver(bosh3, 4, guess=constant), 1.0).ys
+    expected = _solve(inputs, bosh3, 0.25).ys
+    assert all(jnp.isfinite(y).all() for y in expected)
+    assert max_error(actual, expected) < 1e-12
+
+
 def test_batch_in_single_precision():
     term, y0, args = _problem(jnp.float32)
     batch = jtu.tree_map(lambda y: jnp.stack([y, -0.5 * y]), y0)
