@@ -8,6 +8,7 @@ from typing import Any
 import diffrax
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 from diffrax_deer import (
@@ -22,6 +23,7 @@ from diffrax_deer import (
     SequentialScan,
 )
 from diffrax_deer._scan import ShardedScan
+from diffrax_deer._time_axis import divided, running
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from .helpers import deer, diffeqsolve, max_error, over_time, problem, SaveAt
@@ -150,6 +152,17 @@ def test_no_device_has_it_all(adjoint, saveat, solver):
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", program)
     assert len(gathered) > 0
     assert max(math.prod(map(int, x.split(","))) for x in gathered) == 8 * 3 * 3
+
+
+@pytest.mark.parametrize(
+    "fn,combine",
+    ((jnp.cumsum, jnp.add), (jax.lax.cummax, jnp.maximum)),
+    ids=("sum", "max"),
+)
+def test_running(fn, combine):
+    x, sharding = jr.normal(jr.key(0), (24, 3)), over_time(4)
+    actual = jax.jit(lambda x: running(fn, combine, divided(x, sharding), sharding))(x)
+    assert max_error(actual, fn(x, axis=0)) < 1e-14
 
 
 @pytest.mark.parametrize("reverse", (False, True))
