@@ -333,3 +333,12 @@ def test_diagonal_scans(scan, reverse):
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("residual,expected", ((1e-8, True), (1.0, False)))
+def test_damped_corrections_tell_nothing(residual, expected):
+    # They are small because of the damping, and not because the solution is near.
+    ones = jnp.ones((5, 2))
+    for method, A in ((ELK(), jnp.stack([0.5 * jnp.eye(2)] * 5)), (QuasiELK(), ones)):
+        _, is_telling = method.correct(SequentialScan(), A, residual * ones, ones)
+        assert is_telling == expected
