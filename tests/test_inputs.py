@@ -169,7 +169,7 @@ def test_flags():
         trace(DeerSolver(diffrax.Tsit5(), 8))
         implicit = diffrax.ImplicitEuler(root_finder=root_finder)
         trace(DeerSolver(implicit, 8))
-        # Of which the stages are found as a whole, one by one, or by their modes.
+        # Of which the stages are found as a whole, for each component, or by modes.
         trace(DeerSolver(GaussLegendre(2), 8))
         trace(DeerSolver(GaussLegendre(2), 8, method=QuasiDEER()))
         trace(DeerSolver(GaussLegendre(2), 8), size=40)

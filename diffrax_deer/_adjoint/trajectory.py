@@ -310,20 +310,6 @@ def _(primals, tangents, *, is_kept, needs_chunks):
     return values, Values(t_chunks, t_kept, t_last)
 
 
-def _which(
-    starts: Real[Array, " substeps"],
-    ends: Real[Array, " substeps"],
-    ts: Real[Array, " times"],
-) -> Int[Array, " times"]:
-    """In which of these substeps the times are, or nearest to which."""
-    after = jnp.minimum(jnp.searchsorted(ends, ts), len(ends) - 1)
-    # When substeps were kept, their times may have been rounded otherwise. So where one
-    # ends at a save time, it may seem to end before, and the next one to be far away.
-    before = jnp.maximum(after - 1, 0)
-    is_before = (after > 0) & (ts - ends[before] < starts[after] - ts)
-    return jnp.where(is_before, before, after)
-
-
 def _without_chunks(values: Values) -> Values:
     return Values(None, values.kept, values.last)
 
@@ -502,3 +488,17 @@ class Trajectory(eqx.Module):
         t0s, t1s = ts
         scheme = self.problem.scheme
         return scheme.outputs(scheme.inputs(t0s, t1s), starts, at, None).dense_info
+
+
+def _which(
+    starts: Real[Array, " substeps"],
+    ends: Real[Array, " substeps"],
+    ts: Real[Array, " times"],
+) -> Int[Array, " times"]:
+    """In which of these substeps the times are, or nearest to which."""
+    after = jnp.minimum(jnp.searchsorted(ends, ts), len(ends) - 1)
+    # When substeps were kept, their times may have been rounded otherwise. So where one
+    # ends at a save time, it may seem to end before, and the next one to be far away.
+    before = jnp.maximum(after - 1, 0)
+    is_before = (after > 0) & (ts - ends[before] < starts[after] - ts)
+    return jnp.where(is_before, before, after)
