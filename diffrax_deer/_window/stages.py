@@ -155,11 +155,14 @@ class StageWindow(AbstractWindow):
 
             k = lax.fori_loop(0, needed, stage, zeros)
             y = y + jnp.sum(b * k, axis=(0, 1))
-            return y, (y, k)
+            # As one array: XLA stores each with a kernel of its own, which in a loop
+            # like this takes as long as a stage.
+            return y, jnp.concatenate([y[None], *k])
 
         A, b, zeros = self._constants()
         needed = int(np.max(np.flatnonzero(~self.is_optional[0]))) + 1
-        _, (ys, ks) = lax.scan(body, self.y0, self.xs)
+        _, rows = lax.scan(body, self.y0, self.xs)
+        ys, ks = rows[:, 0], rows[:, 1:].reshape(len(rows), *zeros.shape)
         # Those that nothing depends on can wait, and perhaps are not asked for.
         others = self.starts(ys)[:, None] + weighted(self.tableau.A[:, needed:], ks)
         for i in range(needed, self.tableau.stages):
