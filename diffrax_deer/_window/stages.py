@@ -18,6 +18,12 @@ from .elimination import BlockElimination, StageElimination, weighted
 from .tableau import Tableau
 
 
+# XLA stores each array with a kernel of its own, which in a loop over steps takes as
+# long as a small stage. Up to this size of the state, the end of a step is stored
+# behind its stages (then these are, too, if only the end is asked for).
+_SMALL = 64
+
+
 def stage(
     fns: tuple[Callable, ...],
     tableau: Tableau,
@@ -155,17 +161,18 @@ class StageWindow(AbstractWindow):
 
             k = lax.fori_loop(0, needed, stage, zeros)
             y = y + jnp.sum(b * k, axis=(0, 1))
-            # As one array: XLA stores each with a kernel of its own, which in a loop
-            # like this takes as long as a stage.
-            return y, jnp.concatenate([y[None], *k])
+            return y, (None, k.at[:, needed].set(y)) if is_small else (y, k)
 
-        A, b, zeros = self._constants()
+        stages, is_small = self.tableau.stages, self.y0.size <= _SMALL
         needed = int(np.max(np.flatnonzero(~self.is_optional[0]))) + 1
-        _, rows = lax.scan(body, self.y0, self.xs)
-        ys, ks = rows[:, 0], rows[:, 1:].reshape(len(rows), *zeros.shape)
+        A, b, zeros = self._constants(max(stages, needed + is_small))
+        _, (ys, ks) = lax.scan(body, self.y0, self.xs)
+        if is_small:
+            ys, ks = ks[:, 0, needed], ks[:, :, :stages]
         # Those that nothing depends on can wait, and perhaps are not asked for.
-        others = self.starts(ys)[:, None] + weighted(self.tableau.A[:, needed:], ks)
-        for i in range(needed, self.tableau.stages):
+        A = self.tableau.A[:, needed:, :needed]
+        others = self.starts(ys)[:, None] + weighted(A, ks[:, :, :needed])
+        for i in range(needed, stages):
             stage = jax.vmap(lambda x, y: self.stage(x, i, y))
             ks = ks.at[:, :, i].set(stage(self.xs, others[:, i - needed]))
         return Iterate(ys, ks)
@@ -189,16 +196,18 @@ class StageWindow(AbstractWindow):
             dy = dy if b is None else dy + b.ys
             return dy, (dy, dk)
 
-        A, weights, zeros = self._constants()
+        A, weights, zeros = self._constants(self.tableau.stages)
         # Otherwise backwards all evaluations would be stored before any is needed.
         body = jax.checkpoint(body, prevent_cse=False)
         inputs = (self.xs, tangent.xs, self.points(at), b)
         _, (dys, dks) = lax.scan(body, start, inputs)
         return Iterate(dys, dks)
 
-    def _constants(self):
-        # With an axis for the components.
-        dtype = self.y0.dtype
-        A = jnp.asarray(self.tableau.A[..., None], dtype)
-        b = jnp.asarray(self.tableau.b[..., None], dtype)
-        return A, b, jnp.zeros((*self.stages, self.y0.size), dtype)
+    def _constants(self, places):
+        # With places for so many stages, and an axis for the components.
+        A, b = self.tableau.A, self.tableau.b
+        behind = (0, places - self.tableau.stages)
+        A = np.pad(A, [(0, 0), behind, behind])[..., None]
+        b = np.pad(b, [(0, 0), behind])[..., None]
+        dtype, shape = self.y0.dtype, (len(b), places, self.y0.size)
+        return jnp.asarray(A, dtype), jnp.asarray(b, dtype), jnp.zeros(shape, dtype)
