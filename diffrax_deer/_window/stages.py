@@ -21,7 +21,7 @@ from .tableau import Tableau
 # XLA stores each array with a kernel of its own, which in a loop over steps takes as
 # long as a small stage. Up to this size of the state, the end of a step is stored
 # behind its stages (then these are, too, if only the end is asked for).
-_SMALL = 8
+_SMALL = 16
 
 
 def stage(
