@@ -161,7 +161,7 @@ class StageWindow(AbstractWindow):
 
             k = lax.fori_loop(0, needed, stage, zeros)
             y = y + jnp.sum(b * k, axis=(0, 1))
-            return y, (None, k.at[:, needed].set(y)) if is_small else (y, k)
+            return y, (y[:0], k.at[:, needed].set(y)) if is_small else (y, k)
 
         stages, is_small = self.tableau.stages, self.y0.size <= _SMALL
         needed = int(np.max(np.flatnonzero(~self.is_optional[0]))) + 1
