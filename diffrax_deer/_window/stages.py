@@ -165,13 +165,13 @@ class StageWindow(AbstractWindow):
 
         stages, is_small = self.tableau.stages, self.y0.size <= _SMALL
         needed = int(np.max(np.flatnonzero(~self.is_optional[0]))) + 1
-        A, b, zeros = self._constants(max(stages, needed + is_small))
+        A, b, zeros = self._constants(max(stages, needed + 1) if is_small else stages)
         _, (ys, ks) = lax.scan(body, self.y0, self.xs)
         if is_small:
             ys, ks = ks[:, 0, needed], ks[:, :, :stages]
         # Those that nothing depends on can wait, and perhaps are not asked for.
-        A = self.tableau.A[:, needed:, :needed]
-        others = self.starts(ys)[:, None] + weighted(A, ks[:, :, :needed])
+        increments = weighted(self.tableau.A[:, needed:, :needed], ks[:, :, :needed])
+        others = self.starts(ys)[:, None] + increments
         for i in range(needed, stages):
             stage = jax.vmap(lambda x, y: self.stage(x, i, y))
             ks = ks.at[:, :, i].set(stage(self.xs, others[:, i - needed]))
