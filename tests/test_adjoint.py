@@ -24,6 +24,7 @@ from .helpers import (
     problem,
     root_finder,
     SaveAt,
+    solver_id,
     StepTo,
     weighted_sum,
 )
@@ -220,7 +221,8 @@ def test_one_step(solver):
     assert abs(grad - (3 * x - 4 * y + z) / (2 * eps)) < 1e-4 * abs(grad)
 
 
-def test_times_between_which_steps_are_exact():
+@pytest.mark.parametrize("solver", (deer(heun, 4), tsit5), ids=solver_id)
+def test_times_between_which_steps_are_exact(solver):
     # So that the derivatives are known, no matter where an adaptive controller steps.
     def fn(t, tau, a):
         return a * (t**2 if t < tau else 4 * tau**2 - 3 * t**2)
@@ -230,7 +232,7 @@ def test_times_between_which_steps_are_exact():
     def loss(x):
         sol = diffeqsolve(
             ODETerm(lambda t, y, a: 2 * a * t * jnp.where(t < x["tau"], 1, -3)),
-            deer(heun, 4),
+            solver,
             x["t0"],
             x["t1"],
             0.1,

@@ -107,6 +107,34 @@ def test_outputs_are_those_of_the_solver(solver):
         y0 = expected.y1
 
 
+@pytest.mark.parametrize("solver", (diffrax.Bosh3(), diffrax.Tsit5()), ids=solver_id)
+def test_first_same_as_last(solver):
+    count = []
+
+    def vector_field(t, y, args):
+        jax.debug.callback(lambda _: count.append(None), y)
+        return jnp.sin(y + t)
+
+    # The last three are of length zero.
+    ts, y0 = jnp.array([0, 0.1, 0.3, 0.4, 0.7, 0.7, 0.7, 0.7]), jnp.array([1.0, 0.3])
+    term = ODETerm(vector_field)
+    problem = Discretisation(solver, term, None, ts[:-1], ts[1:], y0)
+
+    def solve(**kwargs):
+        count.clear()
+        at = jit(lambda: problem.sequential(**kwargs))
+        jax.effects_barrier()
+        return at, len(count)
+
+    stages = solver.tableau.num_stages
+    actual, evaluations = solve()
+    assert evaluations == 7 * (stages - 1) + 1
+    expected, evaluations = solve(may_have_gaps=True)
+    assert evaluations == 7 * stages
+    assert max_error(actual, expected) < 1e-15
+    assert jnp.all(jnp.abs(expected.ks[3, 0, -1]) > 0.1)
+
+
 @pytest.mark.parametrize("solver", solvers, ids=solver_id)
 def test_residual(solver):
     # There is none at the solution, and elsewhere there is.

@@ -194,11 +194,13 @@ class Problem(eqx.Module):
             *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
             *(scheme.unravel(start), scheme.reads, self.sharding),
         )
+        # Step size controllers may have stepped over jumps.
+        sequential = ft.partial(part.sequential, may_have_gaps=True)
         if how is None:
-            made = part.sequential()
+            made = sequential()
         else:
             if at is None:
-                at = without_gradient(part.sequential)
+                at = without_gradient(sequential)
             else:
                 # What is not used stays where it is.
                 is_used = of_all < number

@@ -113,11 +113,12 @@ class Discretisation(eqx.Module):
         t0s, t1s = rows(self.t0s)[:, 0], rows(self.t1s)[:, -1]
         return self._with(t0s, t1s, solver)
 
-    def sequential(self) -> Iterate:
-        """The solution, by one step after the other."""
+    def sequential(self, may_have_gaps: bool = False) -> Iterate:
+        """The solution, by one step after the other. There are gaps if a step does not
+        begin exactly where that before it ends, as around a jump."""
         window, scheme = self.window, self.core
         if isinstance(window, StageWindow) and window.is_explicit:
-            return window.sequential()
+            return window.sequential(scheme.is_fsal and not may_have_gaps)
 
         def body(y, x):
             t0, t1, _ = x

@@ -11,8 +11,10 @@ from diffrax import (
     AbstractSolver,
     AbstractTerm,
     MultiTerm,
+    ODETerm,
     RESULTS,
 )
+from diffrax._term import WrapTerm
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Real
 
@@ -74,6 +76,14 @@ class Scheme(eqx.Module):
     def is_explicit(self) -> bool:
         """Whether the steps are explicit, or maps of which nothing else is known."""
         return self.tableau is None or self.tableau.is_explicit
+
+    @property
+    def is_fsal(self) -> bool:
+        """Whether the last stage of a step is the first one of the next, but for their
+        lengths."""
+        if self.tableau is None or not self.tableau.is_fsal:
+            return False
+        return all(map(_is_ode, _parts(self.tableau, self.terms)))
 
     @property
     def span(self) -> int:
@@ -270,6 +280,13 @@ def leaves_read(
     )
     is_small = size(False) <= size(True)
     return everything if is_small and not all(reads) and is_sequential() else reads
+
+
+def _is_ode(term: AbstractTerm) -> bool:
+    # Only then are increments known to be in proportion to the length of a step.
+    while isinstance(term, (ReadTerm, WrapTerm)):
+        term = term.term
+    return type(term) is ODETerm
 
 
 def _parts(tableau: Tableau | None, terms: Any) -> tuple[AbstractTerm, ...]:

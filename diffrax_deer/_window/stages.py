@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
@@ -149,8 +150,9 @@ class StageWindow(AbstractWindow):
         ks = ks + (1 - c) * (1 - 3 * c) * k0 + c * (3 * c - 2) * k1
         return Iterate(ys, ks / self.tableau.parts)
 
-    def sequential(self) -> Iterate:
-        """The solution, one stage after the other. Must be explicit."""
+    def sequential(self, is_fsal: bool) -> Iterate:
+        """The solution, one stage after the other. Must be explicit. The last stage of
+        a substep may be the first one of the next, but for their lengths."""
 
         # A loop over stages, too, as then the vector field has to be compiled only
         # once. (It is no slower.)
@@ -173,9 +175,26 @@ class StageWindow(AbstractWindow):
         increments = weighted(self.tableau.A[:, needed:, :needed], ks[:, :, :needed])
         others = self.starts(ys)[:, None] + increments
         for i in range(needed, stages):
-            stage = jax.vmap(lambda x, y: self.stage(x, i, y))
-            ks = ks.at[:, :, i].set(stage(self.xs, others[:, i - needed]))
+            if is_fsal and i == stages - 1:
+                values = self._first_of_next(ys, ks[:, :, 0])
+            else:
+                stage = jax.vmap(lambda x, y: self.stage(x, i, y))
+                values = stage(self.xs, others[:, i - needed])
+            ks = ks.at[:, :, i].set(values)
         return Iterate(ys, ks)
+
+    def _first_of_next(self, ys, firsts):
+        t0s, t1s, _ = self.xs
+        dt = (t1s - t0s).astype(ys.dtype)[:, None, None]
+        # A window may be padded with substeps of length zero, and begin with these if
+        # it is not longer than a few rounding errors.
+        last = jnp.max(jnp.where(t0s == t1s, 0, jnp.arange(len(ys), dtype=jnp.int32)))
+        x, y = jtu.tree_map(lambda x: x[last], (self.xs, ys))
+        ratio = jnp.where(
+            after(dt) == 0, 0, dt / jnp.where(after(dt) == 0, 1, after(dt))
+        )
+        values = ratio * after(firsts)
+        return values.at[last].set(self.stage(x, self.tableau.stages - 1, y))
 
     def derivative(self, at, tangent, start, b):
         core, t_core = self.core, tangent.core

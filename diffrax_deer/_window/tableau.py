@@ -52,6 +52,14 @@ class Tableau:
         return np.broadcast_to(~matters, self.b.shape)
 
     @property
+    def is_fsal(self) -> bool:
+        """Whether steps end with the evaluation that the next one begins with ("first
+        same as last")."""
+        begins = not self.A[:, 0].any() and not self.c[:, 0].any()
+        ends = (self.A[:, -1] == self.b).all() and (self.c[:, -1] == 1).all()
+        return bool(begins and ends)
+
+    @property
     def is_diagonally_implicit(self) -> bool:
         return not np.triu(self.A, 1).any()
 
