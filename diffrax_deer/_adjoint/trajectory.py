@@ -194,23 +194,22 @@ class Problem(eqx.Module):
             *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
             *(scheme.unravel(start), scheme.reads, self.sharding),
         )
-        # Step size controllers may have stepped over jumps.
-        sequential = ft.partial(part.sequential, may_have_gaps=True)
         if how is None:
-            made = sequential()
+            made = part.sequential()
         else:
             if at is None:
-                at = without_gradient(sequential)
+                at = without_gradient(part.sequential)
             else:
                 # What is not used stays where it is.
                 is_used = of_all < number
                 ys = jnp.where(is_used[:, None], at.ys, end[None])
                 ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
-                at = Iterate(scheme.read(ys), scheme.read(ks))
+                at = scheme.unknowns(Iterate(ys, ks))
             made: Iterate = implicit_solution(
                 at, part.window, method=how.method, scan=how.scan
             )
-        whole = part.whole(made)
+        # Step size controllers may have stepped over jumps.
+        whole = part.whole(made, may_have_gaps=True)
         return Rows(whole.starts, whole.at)
 
 

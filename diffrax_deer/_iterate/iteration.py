@@ -204,11 +204,6 @@ class Iteration(eqx.Module):
         # Far from the solution, vector fields may overflow or leave their domain.
         okay = is_finite(values)
         values = jnp.where(okay[..., None], values, window.idle(at))
-        # This need not be a failure, but an error estimate made of it must be large.
-        is_optional = jnp.asarray(window.is_optional)[None]
-        too_much = (is_optional & jnp.invert(okay))[..., None]
-        values = jnp.where(too_much, jnp.finfo(values.dtype).max / 8, values)
-        okay = okay | is_optional
         # XLA must not evaluate this twice, and round differently where it is fused with
         # something else: residuals that are zero would not be.
         values, targets = lax.optimization_barrier((values, window.targets(at, values)))

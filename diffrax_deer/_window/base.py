@@ -3,7 +3,6 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from equinox import AbstractVar
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Shaped
@@ -111,12 +110,6 @@ class AbstractWindow(eqx.Module):
     @abc.abstractmethod
     def idle(self, at: Iterate) -> Float[Array, "substeps _parts _points size"]:
         """The values of the function if nothing happened in the substeps."""
-
-    @property
-    @abc.abstractmethod
-    def is_optional(self) -> np.ndarray:
-        """Which values do not influence the end of a substep. With axes `parts points`,
-        or such that it can be broadcast to these."""
 
     @property
     @abc.abstractmethod

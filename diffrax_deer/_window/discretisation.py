@@ -113,12 +113,11 @@ class Discretisation(eqx.Module):
         t0s, t1s = rows(self.t0s)[:, 0], rows(self.t1s)[:, -1]
         return self._with(t0s, t1s, solver)
 
-    def sequential(self, may_have_gaps: bool = False) -> Iterate:
-        """The solution, by one step after the other. There are gaps if a step does not
-        begin exactly where that before it ends, as around a jump."""
+    def sequential(self) -> Iterate:
+        """The solution, by one step after the other."""
         window, scheme = self.window, self.core
         if isinstance(window, StageWindow) and window.is_explicit:
-            return window.sequential(scheme.is_fsal and not may_have_gaps)
+            return window.sequential()
 
         def body(y, x):
             t0, t1, _ = x
@@ -127,7 +126,7 @@ class Discretisation(eqx.Module):
             return y1, (scheme.ravel(y1), scheme.stages(t0, t1, y, y1, dense_info))
 
         _, (ys, ks) = lax.scan(body, scheme.y0, window.xs)
-        return Iterate(ys, ks)
+        return scheme.unknowns(Iterate(ys, ks))
 
     @property
     def sequential_span(self) -> int:
@@ -135,9 +134,10 @@ class Discretisation(eqx.Module):
         Runge--Kutta method, how many steps.)"""
         return self.substeps * self.scheme.span
 
-    def whole(self, at: Iterate) -> Whole:
-        """The steps of the solver, of all leaves."""
-        return self.scheme.whole(self.window, at)
+    def whole(self, at: Iterate, may_have_gaps: bool = False) -> Whole:
+        """The steps of the solver, of all leaves. There are gaps if one does not begin
+        exactly where that before it ends, as around a jump."""
+        return self.scheme.whole(self.window, at, may_have_gaps)
 
     def outputs(self, whole: Whole) -> Substep:
         """What the solver returns for each of its steps."""

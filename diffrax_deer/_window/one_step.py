@@ -6,7 +6,6 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from diffrax import (
     AbstractRungeKutta,
     AbstractSolver,
@@ -106,10 +105,6 @@ class AbstractMapWindow(AbstractWindow):
 
     def idle(self, at: Iterate) -> Float[Array, "substeps 1 1 size"]:
         return at.ys[:, None, None]
-
-    @property
-    def is_optional(self) -> np.ndarray:
-        return np.zeros((1, 1), bool)
 
     @property
     def idle_jacobian(self) -> float:

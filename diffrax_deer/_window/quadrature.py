@@ -130,14 +130,14 @@ def integrate(
         most = substeps
     divisors = (n for n in range(1, substeps + 1) if substeps % n == 0)
     chunk = max(n for n in divisors if n <= max(most, 1))
-    is_optional = jnp.asarray(tableau.is_optional)[None, ..., None]
+    is_unknown = jnp.asarray(tableau.is_unknown)[None, None, :, None]
 
     def body(y, inputs):
         ks = jax.vmap(ft.partial(all_stages, fns, tableau))(*inputs)
         ks = ks.reshape(chunk, *shape).astype(y.dtype)
-        # As in an iteration: no failure, but an error estimate made of it is large.
-        too_much = is_optional & jnp.invert(jnp.isfinite(ks))
-        ks = jnp.where(too_much, jnp.finfo(ks.dtype).max / 8, ks)
+        # As for what is read: no failure, but an error estimate made of it is large.
+        is_usable = is_unknown | jnp.isfinite(ks)
+        ks = jnp.where(is_usable, ks, jnp.finfo(ks.dtype).max / 8)
         increments = weighted(tableau.b, ks)
         ys = y[None] + running(jnp.cumsum, jnp.add, increments, sharding)
         return ys[-1], (Iterate(ys, ks), weighted(tableau.b_error, ks))

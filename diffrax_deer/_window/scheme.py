@@ -89,7 +89,7 @@ class Scheme(eqx.Module):
     def span(self) -> int:
         """How many evaluations follow one another in a step. (Of a solver that is no
         Runge--Kutta method, how many steps.)"""
-        return 1 if self.tableau is None else self.tableau.stages
+        return 1 if self.tableau is None else self.tableau.core.stages
 
     def window(
         self,
@@ -111,7 +111,9 @@ class Scheme(eqx.Module):
             fn = ft.partial(self._increment, term)
             fns.append(eqx.filter_closure_convert(fn, control, t0, y0))
         return StageWindow(
-            fns=tuple(fns), xs=xs, y0=y0, eps=eps, sharding=sharding, tableau=tableau
+            *(tuple(fns), xs, y0, eps),
+            sharding=sharding,
+            tableau=tableau.core,
         )
 
     def inputs(
@@ -175,10 +177,22 @@ class Scheme(eqx.Module):
         y_error = None if errors is None else self.unravel_all(errors)
         return Substep(y1s, y_error, dense_info, RESULTS.successful)
 
-    def whole(self, window: AbstractWindow, at: Iterate) -> Whole:
-        """All that is not read as well, if these are the steps of what is."""
+    def unknowns(self, at: Iterate) -> Iterate:
+        """Of all, those that are solved for."""
+        ks = at.ks if self.tableau is None else at.ks[:, :, self.tableau.is_unknown]
+        return Iterate(self.read(at.ys), self.read(ks))
+
+    def whole(
+        self, window: AbstractWindow, at: Iterate, may_have_gaps: bool = False
+    ) -> Whole:
+        """All, given those that are solved for. There are gaps if a step does not begin
+        exactly where that before it ends, as around a jump."""
         tableau, split = self.tableau, self.split
-        errors = None if tableau is None else weighted(tableau.b_error, at.ks)
+        errors = None
+        if tableau is not None:
+            assert isinstance(window, StageWindow)
+            at = window.all_stages(at, tableau, self.is_fsal and not may_have_gaps)
+            errors = weighted(tableau.b_error, at.ks)
         whole = Whole(window.y0, at_index(at.ys, len(at.ys) - 1), at, errors)
         if split.is_trivial:
             return whole
@@ -192,7 +206,7 @@ class Scheme(eqx.Module):
 
         terms = _parts(tableau, self.terms)
         fns = tuple(ft.partial(increment, term) for term in terms)
-        points = window.points(at)
+        points = window.starts(at.ys)[:, None] + weighted(tableau.A, at.ks)
         unread = integrate(
             *(fns, tableau, window.xs, points, ravel(y0, y0), window.sharding)
         )

@@ -108,10 +108,6 @@ class StageWindow(AbstractWindow):
         return jnp.zeros_like(at.ys)[:, None, None]
 
     @property
-    def is_optional(self) -> np.ndarray:
-        return self.tableau.is_optional
-
-    @property
     def idle_jacobian(self) -> float:
         return 0.0
 
@@ -150,9 +146,8 @@ class StageWindow(AbstractWindow):
         ks = ks + (1 - c) * (1 - 3 * c) * k0 + c * (3 * c - 2) * k1
         return Iterate(ys, ks / self.tableau.parts)
 
-    def sequential(self, is_fsal: bool) -> Iterate:
-        """The solution, one stage after the other. Must be explicit. The last stage of
-        a substep may be the first one of the next, but for their lengths."""
+    def sequential(self) -> Iterate:
+        """The solution, one stage after the other. Must be explicit."""
 
         # A loop over stages, too, as then the vector field has to be compiled only
         # once. (It is no slower.)
@@ -161,40 +156,51 @@ class StageWindow(AbstractWindow):
                 increment = jnp.sum(A[:, i] * k, axis=(0, 1))
                 return k.at[:, i].set(self.stage(x, i, y + increment))
 
-            k = lax.fori_loop(0, needed, stage, zeros)
+            k = lax.fori_loop(0, stages, stage, zeros)
             y = y + jnp.sum(b * k, axis=(0, 1))
-            return y, (y[:0], k.at[:, needed].set(y)) if is_small else (y, k)
+            return y, (y[:0], k.at[:, stages].set(y)) if is_small else (y, k)
 
         stages, is_small = self.tableau.stages, self.y0.size <= _SMALL
-        needed = int(np.max(np.flatnonzero(~self.is_optional[0]))) + 1
-        A, b, zeros = self._constants(max(stages, needed + 1) if is_small else stages)
+        A, b, zeros = self._constants(stages + 1 if is_small else stages)
         _, (ys, ks) = lax.scan(body, self.y0, self.xs)
         if is_small:
-            ys, ks = ks[:, 0, needed], ks[:, :, :stages]
-        # Those that nothing depends on can wait, and perhaps are not asked for.
-        increments = weighted(self.tableau.A[:, needed:, :needed], ks[:, :, :needed])
-        others = self.starts(ys)[:, None] + increments
-        for i in range(needed, stages):
-            if is_fsal and i == stages - 1:
-                values = self._first_of_next(ys, ks[:, :, 0])
-            else:
-                stage = jax.vmap(lambda x, y: self.stage(x, i, y))
-                values = stage(self.xs, others[:, i - needed])
-            ks = ks.at[:, :, i].set(values)
+            ys, ks = ks[:, 0, stages], ks[:, :, :stages]
         return Iterate(ys, ks)
 
-    def _first_of_next(self, ys, firsts):
+    def all_stages(self, at: Iterate, tableau: Tableau, is_fsal: bool) -> Iterate:
+        """Those of `tableau`, of which the ones solved for are a part. The last stage
+        of a substep may be the first one of the next, but for their lengths."""
+        order = np.argsort(~tableau.is_unknown, kind="stable")
+        number = self.tableau.stages
+        index, others = order[:number], order[number:]
+        if len(others) == 0:
+            return at
+        if is_fsal and self.sharding is None:
+            values = self._first_of_next(at, tableau)[:, :, None]
+        else:
+            A = tableau.A[:, others][:, :, index]
+            points = self.starts(at.ys)[:, None] + weighted(A, at.ks)
+            one = ft.partial(stage, self.fns, tableau)
+            each = jax.vmap(one, in_axes=(None, 0, 0), out_axes=1)
+            values = jax.vmap(each, in_axes=(0, None, 0))(self.xs, others, points)
+        # No failure, but an error estimate made of it is large.
+        is_usable = jnp.isfinite(values)
+        values = jnp.where(is_usable, values, jnp.finfo(values.dtype).max / 8)
+        ks = jnp.concatenate([at.ks, values], axis=2)
+        return Iterate(at.ys, ks[:, :, np.argsort(order)])
+
+    def _first_of_next(self, at, tableau):
         t0s, t1s, _ = self.xs
-        dt = (t1s - t0s).astype(ys.dtype)[:, None, None]
-        # A window may be padded with substeps of length zero, and begin with these if
-        # it is not longer than a few rounding errors.
-        last = jnp.max(jnp.where(t0s == t1s, 0, jnp.arange(len(ys), dtype=jnp.int32)))
-        x, y = jtu.tree_map(lambda x: x[last], (self.xs, ys))
-        ratio = jnp.where(
-            after(dt) == 0, 0, dt / jnp.where(after(dt) == 0, 1, after(dt))
-        )
-        values = ratio * after(firsts)
-        return values.at[last].set(self.stage(x, self.tableau.stages - 1, y))
+        dt = (t1s - t0s).astype(at.ys.dtype)[:, None, None]
+        # A window may be padded with substeps of length zero, and consist of these if
+        # it is no longer than a few rounding errors.
+        numbers = jnp.arange(len(at.ys), dtype=jnp.int32)
+        last = jnp.max(jnp.where(t0s == t1s, 0, numbers))
+        x, y = jtu.tree_map(lambda x: x[last], (self.xs, at.ys))
+        next_dt = after(dt)
+        ratio = jnp.where(next_dt == 0, 0, dt / jnp.where(next_dt == 0, 1, next_dt))
+        of_last = stage(self.fns, tableau, x, tableau.stages - 1, y)
+        return (ratio * after(at.ks[:, :, 0])).at[last].set(of_last)
 
     def derivative(self, at, tangent, start, b):
         core, t_core = self.core, tangent.core

@@ -43,21 +43,40 @@ class Tableau:
     def is_explicit(self) -> bool:
         return not np.triu(self.A).any()
 
-    @property
-    def is_optional(self) -> np.ndarray:
-        """Which stages are only there for an error estimate or for dense output."""
-        matters = (self.b != 0).any(0)
-        for _ in range(self.stages):
-            matters |= (self.A[:, matters] != 0).any((0, 1))
-        return np.broadcast_to(~matters, self.b.shape)
+    @ft.cached_property
+    def is_unknown(self) -> np.ndarray:
+        """Which stages have to be solved for. All others are only there for an error
+        estimate or for dense output, and follow from these."""
+
+        def with_theirs(which):
+            for _ in range(self.stages):
+                which = which | (self.A[:, which] != 0).any((0, 1))
+            return which
+
+        matters = with_theirs((self.b != 0).any(0))
+        # Each by itself: none that depends on others of its kind.
+        return with_theirs(matters | (self.A[:, :, ~matters] != 0).any((0, 2)))
+
+    @ft.cached_property
+    def core(self) -> "Tableau":
+        """The same, without stages that do not have to be solved for."""
+        i = np.flatnonzero(self.is_unknown)
+        if len(i) == self.stages:
+            return self
+        A, b, b_error, c = (
+            *(self.A[:, i][:, :, i], self.b[:, i]),
+            *(self.b_error[:, i], self.c[:, i]),
+        )
+        return dataclasses.replace(self, A=A, b=b, b_error=b_error, c=c)
 
     @property
     def is_fsal(self) -> bool:
-        """Whether steps end with the evaluation that the next one begins with ("first
-        same as last")."""
+        """Whether all that does not have to be solved for is the evaluation that a step
+        ends, and the next one begins with ("first same as last")."""
+        others = np.flatnonzero(~self.is_unknown)
         begins = not self.A[:, 0].any() and not self.c[:, 0].any()
         ends = (self.A[:, -1] == self.b).all() and (self.c[:, -1] == 1).all()
-        return bool(begins and ends)
+        return bool(list(others) == [self.stages - 1] and begins and ends)
 
     @property
     def is_diagonally_implicit(self) -> bool:
