@@ -88,6 +88,9 @@ _quadratic[1, 0, 0], _quadratic[2, 0, 1], _quadratic[2, 2, 2] = -5, 0.9375, 5.15
 _linear = 0.025 * np.array([[0, 1, 1], [1, 2, 1], [1, 1, 1]])
 solved = (1.0, np.array([0, 0, -0.439453125]), (_linear, _quadratic, 0.0, 0.0))
 
+# Damped to a standstill before a substep to 1e9.
+_standstill = (1.0, np.zeros(3), (np.zeros((3, 3)), np.full((3, 3, 3), 0.5), 0.1, 0.0))
+
 methods = (DEER(), QuasiDEER(), ELK(), QuasiELK(), Picard(), Jacobi())
 
 
@@ -96,6 +99,7 @@ methods = (DEER(), QuasiDEER(), ELK(), QuasiELK(), Picard(), Jacobi())
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(problem=problems())
 @example(problem=solved)
+@example(problem=_standstill)
 def test_every_finite_problem(method, dtype, problem):
     t1, y0, args = jax.tree_util.tree_map(lambda x: np.asarray(x, dtype), problem)
     ref = np.asarray(_sequential(t1, y0, args))

@@ -57,7 +57,7 @@ class Convergence(eqx.Module):
         """
         rate = self.rate(change)
         left = jnp.where(rate < _STANDSTILL, change * rate / (1 - rate), jnp.inf)
-        return ((left < _KAPPA) & is_telling) | (change == 0)
+        return (left < _KAPPA) & is_telling
 
     def is_standstill(self, change: Float[Array, ""]) -> Bool[Array, ""]:
         """Whether another correction is of no use any more. If the residual is nothing

@@ -180,6 +180,9 @@ class Iteration(eqx.Module):
             excesses = _excesses(seen.r, rounding)
         stagnates = standstill & jnp.all(excesses <= 1)
         is_close = state.convergence.is_close(change, is_telling)
+        # If damped, it may also be zero far from the solution.
+        is_there = is_telling | (self.change(at, seen.targets) <= 1)
+        is_close = is_close | ((change == 0) & is_there)
         # Another correction may even make it worse, as it amplifies rounding errors.
         is_solved = is_exact | stagnates
         new = jtu.tree_map(lambda x, y: jnp.where(is_solved, x, y), at, new)
@@ -194,7 +197,7 @@ class Iteration(eqx.Module):
             lost=lost,
             finite=finite,
             converged=is_exact | (finite & (stagnates | (is_close & is_whole))),
-            stuck=jnp.invert(finite) & (change == 0),
+            stuck=jnp.invert(finite & is_there) & (change == 0),
         )
 
     def look(self, at: Iterate) -> "_Seen":
