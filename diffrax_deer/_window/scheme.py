@@ -111,7 +111,10 @@ class Scheme(eqx.Module):
             fn = ft.partial(self._increment, term)
             fns.append(eqx.filter_closure_convert(fn, control, t0, y0))
         return StageWindow(
-            *(tuple(fns), xs, y0, eps),
+            fns=tuple(fns),
+            xs=xs,
+            y0=y0,
+            eps=eps,
             sharding=sharding,
             tableau=tableau.core,
         )
