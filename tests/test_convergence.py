@@ -36,7 +36,7 @@ def test_exact(excess, drift, expected):
     (
         # The rate is not known yet.
         (0.0, 1e-3, True, False, False),
-        (0.0, 0.0, True, True, False),
+        (0.0, 0.0, True, False, False),
         # What is left is this times the rate.
         (1e4, 1.0, True, True, False),
         (1e2, 1.0, True, True, False),
@@ -52,7 +52,7 @@ def test_exact(excess, drift, expected):
         (1.0, 1e5, True, False, True),
         # Damped.
         (1e4, 1.0, False, False, False),
-        (1e4, 0.0, False, True, False),
+        (1e4, 0.0, False, False, False),
         (1.0, inf, True, False, True),
         (1.0, nan, True, False, False),
     ),
