@@ -20,7 +20,7 @@ from .._custom_types import PyTree
 from .._time_axis import before, running
 from .base import Iterate
 from .elimination import weighted
-from .stages import all_stages
+from .stages import all_stages, finite_or_large
 from .tableau import Tableau
 
 
@@ -135,9 +135,7 @@ def integrate(
     def body(y, inputs):
         ks = jax.vmap(ft.partial(all_stages, fns, tableau))(*inputs)
         ks = ks.reshape(chunk, *shape).astype(y.dtype)
-        # As for what is read: no failure, but an error estimate made of it is large.
-        is_usable = is_unknown | jnp.isfinite(ks)
-        ks = jnp.where(is_usable, ks, jnp.finfo(ks.dtype).max / 8)
+        ks = jnp.where(is_unknown, ks, finite_or_large(ks))
         increments = weighted(tableau.b, ks)
         ys = y[None] + running(jnp.cumsum, jnp.add, increments, sharding)
         return ys[-1], (Iterate(ys, ks), weighted(tableau.b_error, ks))

@@ -194,7 +194,7 @@ class Scheme(eqx.Module):
         errors = None
         if tableau is not None:
             assert isinstance(window, StageWindow)
-            at = window.all_stages(at, tableau, self.is_fsal and not may_have_gaps)
+            at = window.completed(at, tableau, self.is_fsal and not may_have_gaps)
             errors = weighted(tableau.b_error, at.ks)
         whole = Whole(window.y0, at_index(at.ys, len(at.ys) - 1), at, errors)
         if split.is_trivial:

@@ -53,6 +53,12 @@ def all_stages(
     return jax.vmap(ft.partial(stage, fns, tableau, x), out_axes=1)(index, points)
 
 
+def finite_or_large(ks: Array) -> Array:
+    """For stages that no step depends on: not to be finite is no failure, but an error
+    estimate made of it is large."""
+    return jnp.where(jnp.isfinite(ks), ks, jnp.finfo(ks.dtype).max / 8)
+
+
 class StageWindow(AbstractWindow):
     r"""Steps of a Runge--Kutta method, whose stages are unknown as well.
 
@@ -167,9 +173,9 @@ class StageWindow(AbstractWindow):
             ys, ks = ks[:, 0, stages], ks[:, :, :stages]
         return Iterate(ys, ks)
 
-    def all_stages(self, at: Iterate, tableau: Tableau, is_fsal: bool) -> Iterate:
-        """Those of `tableau`, of which the ones solved for are a part. The last stage
-        of a substep may be the first one of the next, but for their lengths."""
+    def completed(self, at: Iterate, tableau: Tableau, is_fsal: bool) -> Iterate:
+        """With all stages of `tableau`, of which those solved for are a part. The last
+        stage of a substep may be the first one of the next, but for their lengths."""
         order = np.argsort(~tableau.is_unknown, kind="stable")
         number = self.tableau.stages
         index, others = order[:number], order[number:]
@@ -183,10 +189,7 @@ class StageWindow(AbstractWindow):
             one = ft.partial(stage, self.fns, tableau)
             each = jax.vmap(one, in_axes=(None, 0, 0), out_axes=1)
             values = jax.vmap(each, in_axes=(0, None, 0))(self.xs, others, points)
-        # No failure, but an error estimate made of it is large.
-        is_usable = jnp.isfinite(values)
-        values = jnp.where(is_usable, values, jnp.finfo(values.dtype).max / 8)
-        ks = jnp.concatenate([at.ks, values], axis=2)
+        ks = jnp.concatenate([at.ks, finite_or_large(values)], axis=2)
         return Iterate(at.ys, ks[:, :, np.argsort(order)])
 
     def _first_of_next(self, at, tableau):

@@ -63,11 +63,13 @@ class Tableau:
         i = np.flatnonzero(self.is_unknown)
         if len(i) == self.stages:
             return self
-        A, b, b_error, c = (
-            *(self.A[:, i][:, :, i], self.b[:, i]),
-            *(self.b_error[:, i], self.c[:, i]),
+        return dataclasses.replace(
+            self,
+            A=self.A[:, i][:, :, i],
+            b=self.b[:, i],
+            b_error=self.b_error[:, i],
+            c=self.c[:, i],
         )
-        return dataclasses.replace(self, A=A, b=b, b_error=b_error, c=c)
 
     @property
     def is_fsal(self) -> bool:
