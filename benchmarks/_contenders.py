@@ -241,7 +241,8 @@ def _original_elk(task, iterations):
     substeps = 256
 
     def solve(y0, args):
-        step_map = OneStepMap(dfx.Tsit5(), task.term, args)
+        tsit5 = dfx.Tsit5(scan_kind="bounded")  # Can be differentiated.
+        step_map = OneStepMap(tsit5, task.term, args)
         dt = jnp.asarray(task.t1 / substeps, y0.dtype)
         step = lambda y, t0: step_map(t0[0], t0[0] + dt, y).y1
         t0s = dt * jnp.arange(substeps, dtype=y0.dtype)[:, None]

@@ -41,6 +41,23 @@ def at(x: Shaped[Array, "substeps ..."], index: IntScalarLike) -> Array:
     return jnp.sum(jnp.where(_is_at(x, index), x, 0), axis=0, dtype=x.dtype)
 
 
+def last(x: Shaped[Array, "substeps ..."], sharding: NamedSharding | None) -> Array:
+    """What is at the last one."""
+    return x[-1] if sharding is None else at(x, len(x) - 1)
+
+
+def with_last(
+    x: Shaped[Array, "substeps ..."], y: Array, sharding: NamedSharding | None
+) -> Shaped[Array, "substeps ..."]:
+    """The same, but for the last one.
+
+    If that is all that is asked for, then XLA sees that it depends on nothing else.
+    """
+    if sharding is not None:
+        return jnp.where(_is_at(x, len(x) - 1), y, x)
+    return jnp.concatenate([x[:-1], y[None]])
+
+
 def first_of(is_so: Bool[Array, " substeps"]) -> Int[Array, ""]:
     """The index of the first one, or their number if there is none."""
     index = jnp.arange(len(is_so), dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""The memory that `DeerAdjoint` says it needs, against XLA's own figure."""
+"""How much memory is needed, by XLA's own figure."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from diffrax import ODETerm
 from diffrax_deer import DeerAdjoint, DeerSolver
 
 
-# Each two of these together.
+# What `DeerAdjoint` says it needs. Each two of these together.
 @pytest.mark.parametrize(
     "size,dtype,steps",
     (
@@ -53,3 +53,19 @@ def test_memory_per_window(size, dtype, steps):
         documented = 2 * (size + 2)
     documented *= jnp.dtype(dtype).itemsize
     assert documented / 3 < per_window < documented
+
+
+@pytest.mark.parametrize("size", (2, 32))
+def test_only_the_end_of_a_window(size):
+    # Of all substeps there are the times, but none of the values.
+    substeps = 1024
+
+    def end(y0):
+        term = ODETerm(lambda t, y, args: -jnp.sin(y))
+        solver = DeerSolver(diffrax.Tsit5(), substeps)
+        return diffrax.diffeqsolve(term, solver, 0.0, 1.0, 1.0, y0).ys
+
+    y0 = jax.ShapeDtypeStruct((size,), jnp.float64)
+    compiled: Any = jax.jit(end).lower(y0).compile()
+    number = compiled.memory_analysis().temp_size_in_bytes / 8 - 4 * substeps
+    assert number < substeps * size / 4

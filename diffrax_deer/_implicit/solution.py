@@ -16,6 +16,7 @@ from .._custom_types import PyTree
 from .._iterate import Iteration, JointSolution
 from .._method import AbstractMethod
 from .._scan import AbstractScan
+from .._time_axis import last, with_last
 from .._window import AbstractWindow, Iterate
 from .linear import is_sequential, linear_solve, share_read
 
@@ -106,7 +107,9 @@ def with_derivative(solution: JointSolution, iteration: Iteration) -> JointSolut
     # A window that failed is masked out by the step size controller, at the end. But
     # the zero cotangents that it gets are still multiplied with derivatives, which far
     # from the solution might overflow.
-    ys = jnp.where(okay, solution.at.ys, window.y0[None])
+    ys, sharding = solution.at.ys, window.sharding
+    y1 = jnp.where(okay, last(ys, sharding), window.y0)
+    ys = with_last(jnp.where(okay, ys, window.y0[None]), y1, sharding)
     at = Iterate(ys, jnp.where(okay, solution.at.ks, 0))
     at = implicit_solution(at, window, method=iteration.method, scan=iteration.scan)
     return eqx.tree_at(lambda s: s.at, solution, at)

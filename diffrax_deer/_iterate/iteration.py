@@ -38,7 +38,8 @@ class JointSolution(eqx.Module):
 
 def known_solution(at: Iterate, span: IntScalarLike) -> JointSolution:
     """The solution if it has been found otherwise, as one iteration."""
-    okay = jnp.all(is_finite(at.ys))
+    # What follows from something that is not finite is not finite.
+    okay = is_finite(at.ys[-1])
     nonfinite = RESULTS.promote(optx.RESULTS.nonfinite)
     # Not as constants, of which JAX may make arrays of NumPy.
     one, span = (jnp.where(okay, n, n).astype(jnp.int32) for n in (1, span))

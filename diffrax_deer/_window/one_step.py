@@ -19,6 +19,7 @@ from .._custom_types import PyTree, Terms
 from .._linear_algebra import Matrices
 from .base import AbstractElimination, AbstractWindow, Iterate
 from .control import with_controls
+from .tableau import tableau_of
 
 
 class Substep(eqx.Module):
@@ -38,7 +39,9 @@ class OneStepMap(eqx.Module):
     args: PyTree[Any]
 
     def __init__(self, solver: AbstractSolver, terms: Terms, args: PyTree[Any]):
-        self.solver = _jvp_compatible(solver)
+        # Steps of a Runge--Kutta method are differentiated by their equations.
+        is_opaque = tableau_of(solver) is None
+        self.solver = _jvp_compatible(solver) if is_opaque else solver
         self.terms = terms
         self.args = args
 

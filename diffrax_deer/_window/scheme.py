@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Real
 
 from .._custom_types import DenseInfo, PyTree, RealScalarLike, Terms, Y
-from .._time_axis import at as at_index, divided
+from .._time_axis import divided, last
 from .base import AbstractWindow, Iterate
 from .control import batched, controls
 from .elimination import weighted
@@ -196,7 +196,7 @@ class Scheme(eqx.Module):
             assert isinstance(window, StageWindow)
             at = window.completed(at, tableau, self.is_fsal and not may_have_gaps)
             errors = weighted(tableau.b_error, at.ks)
-        whole = Whole(window.y0, at_index(at.ys, len(at.ys) - 1), at, errors)
+        whole = Whole(window.y0, last(at.ys, window.sharding), at, errors)
         if split.is_trivial:
             return whole
         assert tableau is not None

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
 from .._linear_algebra import Matrices
-from .._time_axis import after, before
+from .._time_axis import after, before, with_last
 from .base import AbstractElimination, AbstractWindow, Iterate
 from .elimination import BlockElimination, StageElimination, weighted
 from .tableau import Tableau
@@ -21,7 +21,7 @@ from .tableau import Tableau
 
 # XLA stores each array with a kernel of its own, which in a loop over steps takes as
 # long as a small stage. Up to this size of the state, the end of a step is stored
-# behind its stages (then these are, too, if only the end is asked for).
+# behind its stages (then these are, too, if only the ends are asked for).
 _SMALL = 16
 
 
@@ -168,10 +168,10 @@ class StageWindow(AbstractWindow):
 
         stages, is_small = self.tableau.stages, self.y0.size <= _SMALL
         A, b, zeros = self._constants(stages + 1 if is_small else stages)
-        _, (ys, ks) = lax.scan(body, self.y0, self.xs)
+        y1, (ys, ks) = lax.scan(body, self.y0, self.xs)
         if is_small:
             ys, ks = ks[:, 0, stages], ks[:, :, :stages]
-        return Iterate(ys, ks)
+        return Iterate(with_last(ys, y1, self.sharding), ks)
 
     def completed(self, at: Iterate, tableau: Tableau, is_fsal: bool) -> Iterate:
         """With all stages of `tableau`, of which those solved for are a part. The last
