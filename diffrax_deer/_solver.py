@@ -392,7 +392,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     ) -> tuple[Iterate, IntScalarLike]:
         if self.guess.is_solution(problem):
             # Anything will do.
-            return ConstantGuess()(problem, solver_state)
+            at, _ = ConstantGuess()(problem, None)
+            return at, jnp.array(0, jnp.int32)
         return self.first_guess(problem, solver_state)
 
     def first_guess(

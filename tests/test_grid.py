@@ -230,6 +230,18 @@ def test_nothing_to_move():
     assert max_error(states[1].fractions, jnp.linspace(0, 1, 33)) < 1e-12
 
 
+def test_already_accurate():
+    def fractions(tol):
+        tol = jnp.array(tol)
+        grid = AdaptiveGrid(rtol=tol, atol=tol)
+        solver = _solver(diffrax.Tsit5(), 512, grid, None)
+        return _solve(solver, 2.0, throw=False).solver_state.fractions
+
+    uniform = jnp.linspace(0, 1, 513)
+    assert max_error(fractions(1e-2), uniform) < 1e-12
+    assert max_error(fractions(1e-8), uniform) > 1e-2
+
+
 @pytest.mark.parametrize(
     "wrapped, dtype",
     (
@@ -344,16 +356,13 @@ def test_extrapolation():
 
 
 def test_diagnose():
-    solver = _solver(GaussLegendre(4), 64, AdaptiveGrid(), ConstantGuess())
+    grid = AdaptiveGrid(rtol=1e-8, atol=1e-8)
+    solver = _solver(GaussLegendre(4), 64, grid, ConstantGuess())
     report = diagnose(ODETerm(van_der_pol), solver, 0.0, T, T, Y0, 2.0)
     assert "1 of 64 substeps" in str(report)
     lengths = np.diff(report.fractions[0])
     assert np.max(lengths) > 1.5 * np.min(lengths)
     report.plot()
-
-    grid = AdaptiveGrid(rtol=1e-8, atol=1e-8)
-    solver = _solver(GaussLegendre(4), 64, grid, ConstantGuess())
-    report = diagnose(ODETerm(van_der_pol), solver, 0.0, T, T, Y0, 2.0)
     assert report.required_substeps is not None and report.required_substeps > 64
     assert report.recommended_substeps == report.required_substeps
     assert "too few substeps for the tolerance" in report.advice[0]

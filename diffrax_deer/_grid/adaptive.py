@@ -21,6 +21,9 @@ from .density import rms, shares, spread
 
 # Of the error, by how much a move has to reduce it.
 _WORTHWHILE = 2.0
+# In units of the tolerance. The solution is accurate enough if the errors of all substeps
+# together are no larger than this, unless they grow a thousandfold later on.
+_NO_ERROR = 1e-3
 # For all solves but the first one, whose guess is a solution already.
 _MAX_ITERS = 32
 # Interpolations are at least as accurate as a cubic polynomial, or as the solver is.
@@ -38,7 +41,8 @@ class AdaptiveGrid(AbstractGrid):
 
     The window is solved on equal substeps first. Then these move, and it is solved
     again, from the solution at hand, which takes few iterations. This is repeated until
-    it would not pay any more, but at most `max_moves` times. So all that an adaptive
+    it would not pay any more, but at most `max_moves` times. (They stay where they are
+    if all errors are much smaller than the tolerance already.) So all that an adaptive
     step size controller does in many steps that follow one another is done in parallel.
 
     - The error of each substep is the estimate of the wrapped solver. If it has none
@@ -113,6 +117,7 @@ class AdaptiveGrid(AbstractGrid):
 
     def place(self, problem: Discretisation, guess: Guess, solve: Solve) -> Placed:
         on = lambda fractions: problem.on(problem.between(fractions))
+        zero = jnp.array(0, jnp.int32)
 
         def body(state: _State) -> _State:
             here = on(state.next)
@@ -120,17 +125,19 @@ class AdaptiveGrid(AbstractGrid):
             max_iters = jnp.where(is_first, jnp.iinfo(jnp.int32).max, _MAX_ITERS)
             before = state.solution
             # In a batch, all or none.
-            guess = lax.cond(
+            at, span = lax.cond(
                 eqxi.unvmap_all(is_first),
-                lambda: before.at,
-                lambda: _interpolate(on(state.fractions), before.at, here),
+                lambda: guess(here),
+                lambda: (_interpolate(on(state.fractions), before.at, here), zero),
             )
-            solution = solve(here, guess, max_iters)
+            solution = solve(here, at, max_iters)
             okay = solution.result == RESULTS.successful
             whole = here.whole(solution.at)
             parts = shares(here, whole, self._scale(whole))
             may_move = okay & (parts.most_gain > _WORTHWHILE)
             may_move = may_move & (state.num_moves < self.max_moves)
+            if self.rtol is not None:
+                may_move = may_move & (parts.error > _NO_ERROR)
             fractions, gain = lax.cond(
                 eqxi.unvmap_any(may_move),
                 lambda: spread(state.next, parts, _shortest(problem)),
@@ -148,18 +155,17 @@ class AdaptiveGrid(AbstractGrid):
                 solution=dataclasses.replace(
                     select(solution, before),
                     num_iterations=before.num_iterations + solution.num_iterations,
-                    span=before.span + solution.span,
+                    span=before.span + span + solution.span,
                 ),
                 next=fractions,
                 num_moves=state.num_moves + 1,
                 moves=moves,
             )
 
-        first, span = guess(problem)
-        zero = jnp.array(0, jnp.int32)
-        nothing = JointSolution(
-            first, zero, jnp.asarray(span, jnp.int32), RESULTS.successful
-        )
+        window, number = problem.window, problem.substeps
+        ys = jnp.zeros((number, window.y0.size), window.y0.dtype)
+        ks = jnp.zeros((number, *window.stages, window.y0.size), ys.dtype)
+        nothing = JointSolution(Iterate(ys, ks), zero, zero, RESULTS.successful)
         fractions = problem.fractions
         # A loop, in which the solve is compiled only once.
         state = lax.while_loop(
@@ -197,8 +203,11 @@ class AdaptiveGrid(AbstractGrid):
         """
         at, order = solution.at, _order(problem)
         coarse, among, solution_on_half = halve(problem, at, solve)
-        # Of every substep of the coarse grid that is about a quarter and three.
+        # Of every substep of the coarse grid that is about a quarter and three. (If the
+        # first one stays as it is, then that is taken twice.)
         middles = (problem.t0s + problem.t1s) / 2
+        twice = problem.substeps % 2
+        pairs = jnp.pad(middles, (twice, 0), mode="edge").reshape(-1, 2)
         whole = problem.whole(at)
         scale = self._scale(whole)
 
@@ -210,9 +219,9 @@ class AdaptiveGrid(AbstractGrid):
         on_half = coarse.whole(solution_on_half.at)
         at_points = size(on_half.at.ys - whole.at.ys[last], scale[last])
         between = jtu.tree_map(
-            jnp.subtract,
-            coarse.evaluate(solution_on_half.at, middles),
-            problem.evaluate(at, middles),
+            lambda x, y: x[twice:] - y,
+            coarse.evaluate_within(solution_on_half.at, pairs),
+            problem.evaluate_within(at, middles[:, None]),
         )
         between = size(problem.scheme.ravel_all(between, problem.substeps), scale)
         errors = (at_points, order), (between, _interpolation_order(problem, order))
@@ -227,7 +236,7 @@ class AdaptiveGrid(AbstractGrid):
 
 
 class _State(eqx.Module):
-    # The best grid so far, and the solution on it. (Before the first one, a guess.)
+    # The best grid so far, and the solution on it. (Before the first one, nothing.)
     fractions: Real[Array, " substeps_plus_1"]
     solution: JointSolution
     # That to solve it on next.

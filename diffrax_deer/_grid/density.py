@@ -28,11 +28,16 @@ class Shares(eqx.Module):
     order: float
 
     @property
+    def error(self) -> Real[Array, ""]:
+        """The sum of all errors."""
+        return jnp.sum(self.values**self.order)
+
+    @property
     def most_gain(self) -> Real[Array, ""]:
-        """How many times smaller the error would be if all shares were equal."""
+        """How many times smaller that would be if all shares were equal."""
         mean = jnp.mean(self.values)
         equal = jnp.where(mean > 0, mean, 1) ** self.order
-        return jnp.mean(self.values**self.order) / equal
+        return self.error / (len(self.values) * equal)
 
 
 def shares(
@@ -102,7 +107,6 @@ def spread(
     numbers = jnp.concatenate([jnp.zeros(1, dtype), numbers * (number / numbers[-1])])
     new = jnp.interp(jnp.arange(number + 1, dtype=dtype), numbers, fractions)
     new = new.at[0].set(0).at[-1].set(1)
-    errors = jnp.sum(shares.values**shares.order)
-    new_errors = jnp.sum(lengths / wanted * (raw * wanted) ** shares.order)
-    gain = errors / jnp.where(new_errors > 0, new_errors, 1)
+    new_error = jnp.sum(lengths / wanted * (raw * wanted) ** shares.order)
+    gain = shares.error / jnp.where(new_error > 0, new_error, 1)
     return jnp.where(is_known, new, fractions), jnp.where(is_known, gain, 1)
