@@ -21,8 +21,8 @@ from .density import rms, shares, spread
 
 # Of the error, by how much a move has to reduce it.
 _WORTHWHILE = 2.0
-# In units of the tolerance. The solution is accurate enough if the errors of all substeps
-# together are no larger than this, unless they grow a thousandfold later on.
+# In units of the tolerance. If the errors of all substeps together are no larger than
+# this, then the solution is accurate enough, unless they grow a thousandfold later on.
 _NO_ERROR = 1e-3
 # For all solves but the first one, whose guess is a solution already.
 _MAX_ITERS = 32
