@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax.numpy as jnp
-import numpy as np
 from diffrax import RESULTS
 from jaxtyping import Array, Float
 
@@ -53,12 +52,12 @@ def error_by_halving(
 
 def halve(
     problem: Discretisation, at: Iterate, solve: Callable[..., JointSolution]
-) -> tuple[Discretisation, np.ndarray, JointSolution]:
-    """The window on a grid of every second point, which points these are, and the
-    solution there, given that on all of them. `solve` is a function
+) -> tuple[Discretisation, slice, JointSolution]:
+    """The window on a grid of every second point, which substeps end there, and the
+    solution, given that on all of them. `solve` is a function
     `(problem, guess, max_iters) -> solution`."""
     # The first substep stays as it is if their number is odd.
-    among = np.append(0, np.arange(problem.substeps, 0, -2)[::-1])
-    coarse = problem.on(problem.ts[among])
-    guess = coarse.window.interpolated(at.ys[among[1:] - 1])
-    return coarse, among, solve(coarse, guess, _MAX_ITERS)
+    last = slice(1 - problem.substeps % 2, None, 2)
+    coarse = problem.on(jnp.append(problem.t0s[0], problem.t1s[last]))
+    guess = coarse.window.interpolated(at.ys[last])
+    return coarse, last, solve(coarse, guess, _MAX_ITERS)

@@ -202,7 +202,7 @@ class AdaptiveGrid(AbstractGrid):
         Those in between, of interpolations, may be of a lower order.
         """
         at, order = solution.at, _order(problem)
-        coarse, among, solution_on_half = halve(problem, at, solve)
+        coarse, last, solution_on_half = halve(problem, at, solve)
         # Of every substep of the coarse grid that is about a quarter and three. (If the
         # first one stays as it is, then that is taken twice.)
         middles = (problem.t0s + problem.t1s) / 2
@@ -215,7 +215,6 @@ class AdaptiveGrid(AbstractGrid):
             norms = rms(errors / scale)
             return jnp.max(norms, initial=0).astype(problem.t0s.dtype)
 
-        last = among[1:] - 1
         on_half = coarse.whole(solution_on_half.at)
         at_points = size(on_half.at.ys - whole.at.ys[last], scale[last])
         between = jtu.tree_map(

@@ -182,7 +182,11 @@ class Scheme(eqx.Module):
 
     def unknowns(self, at: Iterate) -> Iterate:
         """Of all, those that are solved for."""
-        ks = at.ks if self.tableau is None else at.ks[:, :, self.tableau.is_unknown]
+        ks, tableau = at.ks, self.tableau
+        if tableau is not None:
+            each = jnp.split(ks, tableau.stages, axis=2)
+            each = [k for k, is_unknown in zip(each, tableau.is_unknown) if is_unknown]
+            ks = jnp.concatenate(each, axis=2)
         return Iterate(self.read(at.ys), self.read(ks))
 
     def whole(

@@ -189,8 +189,11 @@ class StageWindow(AbstractWindow):
             one = ft.partial(stage, self.fns, tableau)
             each = jax.vmap(one, in_axes=(None, 0, 0), out_axes=1)
             values = jax.vmap(each, in_axes=(0, None, 0))(self.xs, others, points)
-        ks = jnp.concatenate([at.ks, finite_or_large(values)], axis=2)
-        return Iterate(at.ys, ks[:, :, np.argsort(order)])
+        known = jnp.split(at.ks, number, axis=2)
+        rest = jnp.split(finite_or_large(values), len(others), axis=2)
+        # Slices, which XLA puts together again. It would look up what has an index.
+        ks = [(known + rest)[i] for i in np.argsort(order)]
+        return Iterate(at.ys, jnp.concatenate(ks, axis=2))
 
     def _first_of_next(self, at, tableau):
         t0s, t1s, _ = self.xs
