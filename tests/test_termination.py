@@ -126,9 +126,8 @@ def test_every_finite_problem(method, dtype, problem):
         assert not okay
 
 
-@pytest.mark.parametrize(
-    "method,dtype", ((DEER(), np.float64), (ELK(), np.float32)), ids=("DEER", "ELK")
-)
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@pytest.mark.parametrize("method", (DEER(), ELK()), ids=lambda x: type(x).__name__)
 def test_lorenz(method, dtype):
     # In a single window, from a constant guess, so that there is nothing to go by.
     # Undamped, it is far from anything for most of the time.
@@ -151,7 +150,7 @@ class _LowPrecisionScan(AbstractScan):
         return cast(SequentialScan()(cast(A), cast(b), reverse=reverse))
 
 
-@pytest.mark.parametrize("substeps", (1, 30))
+@pytest.mark.parametrize("substeps", (1, 2, 3, 30))
 def test_inexact_scan(substeps):
     # It takes part in the correction only, and so decides nothing but how many
     # iterations there are.
