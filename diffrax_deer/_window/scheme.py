@@ -1,4 +1,5 @@
 import functools as ft
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -185,8 +186,8 @@ class Scheme(eqx.Module):
         ks, tableau = at.ks, self.tableau
         if tableau is not None:
             each = jnp.split(ks, tableau.stages, axis=2)
-            each = [k for k, is_unknown in zip(each, tableau.is_unknown) if is_unknown]
-            ks = jnp.concatenate(each, axis=2)
+            each = itertools.compress(each, tableau.is_unknown)
+            ks = jnp.concatenate([*each], axis=2)
         return Iterate(self.read(at.ys), self.read(ks))
 
     def whole(

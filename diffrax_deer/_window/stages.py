@@ -176,9 +176,8 @@ class StageWindow(AbstractWindow):
     def completed(self, at: Iterate, tableau: Tableau, is_fsal: bool) -> Iterate:
         """With all stages of `tableau`, of which those solved for are a part. The last
         stage of a substep may be the first one of the next, but for their lengths."""
-        order = np.argsort(~tableau.is_unknown, kind="stable")
-        number = self.tableau.stages
-        index, others = order[:number], order[number:]
+        is_known = tableau.is_unknown
+        index, others = np.flatnonzero(is_known), np.flatnonzero(~is_known)
         if len(others) == 0:
             return at
         if is_fsal and self.sharding is None:
@@ -189,10 +188,10 @@ class StageWindow(AbstractWindow):
             one = ft.partial(stage, self.fns, tableau)
             each = jax.vmap(one, in_axes=(None, 0, 0), out_axes=1)
             values = jax.vmap(each, in_axes=(0, None, 0))(self.xs, others, points)
-        known = jnp.split(at.ks, number, axis=2)
-        rest = jnp.split(finite_or_large(values), len(others), axis=2)
         # Slices, which XLA puts together again. It would look up what has an index.
-        ks = [(known + rest)[i] for i in np.argsort(order)]
+        known = iter(jnp.split(at.ks, len(index), axis=2))
+        rest = iter(jnp.split(finite_or_large(values), len(others), axis=2))
+        ks = [next(known if is_one else rest) for is_one in is_known]
         return Iterate(at.ys, jnp.concatenate(ks, axis=2))
 
     def _first_of_next(self, at, tableau):
