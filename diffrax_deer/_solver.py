@@ -49,6 +49,7 @@ from ._state import DeerState
 from ._time_axis import divided
 from ._window import (
     Discretisation,
+    interpolation_of,
     is_finite,
     Iterate,
     leaves_read,
@@ -172,7 +173,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
     @property
     def interpolation_cls(self) -> Any:  # pyright: ignore
-        return WindowInterpolationFactory(self.solver.interpolation_cls, self.substeps)
+        return WindowInterpolationFactory(interpolation_of(self.solver), self.substeps)
 
     @property
     def term_compatible_contr_kwargs(self) -> Any:

@@ -30,12 +30,10 @@ from .trajectory import Points, Rows, Values
 
 
 # Of a sequential solver, up to how many points are saved at once, and up to how many
-# numbers these are. Never more than there would be in each of so few steps. And only if
-# each is made of more numbers than this: a shorter product costs XLA next to nothing.
+# numbers these are. Never more than there would be in each of so few steps.
 _SAVED_AT_ONCE = 32
-_SAVED_NUMBERS = 512
+_SAVED_NUMBERS = 2**13
 _FEW_STEPS = 64
-_SHORT_PRODUCT = 36
 
 
 class Layout(eqx.Module):
@@ -326,7 +324,7 @@ def _nothing(layout, scheme, init_state, stepper) -> Recording:
     if layout.ts is None or len(layout.ts) == 0 or not stepper.is_sequential:
         points = None
     else:
-        per_row = _saved_at_once(len(layout.ts), y.size, scheme)
+        per_row = _saved_at_once(len(layout.ts), y.size)
         ys = jnp.broadcast_to(y, (-(-len(layout.ts) // per_row), per_row, y.size))
         points = Points(layout.ts, ys, zero)
     values = Values(
@@ -434,11 +432,8 @@ def _keep(
     return _replace(recording, **new)
 
 
-def _saved_at_once(number: int, size: int, scheme: Scheme) -> int:
-    _, stages = scheme.stage_shape
-    if stages * size <= _SHORT_PRODUCT:
-        return 1
-    most = min(_SAVED_AT_ONCE, _SAVED_NUMBERS // size)
+def _saved_at_once(number: int, size: int) -> int:
+    most = min(_SAVED_AT_ONCE, _SAVED_NUMBERS // max(size, 1))
     return max(min(most, number // _FEW_STEPS), 1)
 
 

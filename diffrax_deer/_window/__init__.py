@@ -36,5 +36,6 @@ from .scheme import (
     precision as precision,
     Scheme as Scheme,
 )
+from .stage_interpolation import interpolation_of as interpolation_of
 from .stages import StageWindow as StageWindow
 from .tableau import Tableau as Tableau, tableau_of as tableau_of

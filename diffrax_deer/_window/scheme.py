@@ -27,6 +27,7 @@ from .elimination import weighted
 from .one_step import OneStepMap, StepWindow, Substep
 from .quadrature import integrate, ReadTerm, Split, which_are_read, Whole
 from .reals import ravel, unravel_like
+from .stage_interpolation import interpolation_of
 from .stages import StageWindow
 from .tableau import Tableau, tableau_of
 
@@ -238,7 +239,7 @@ class Scheme(eqx.Module):
         """The interpolation over one step."""
         # Interpolations divide by their length, which may be zero if nothing is solved.
         t1 = jnp.where(t0 == t1, t0 + 1, t1)
-        return self.solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
+        return interpolation_of(self.solver)(t0=t0, t1=t1, **dense_info)
 
     def evaluate(
         self,
