@@ -226,6 +226,21 @@ def test_guess():
     assert max_error(warm.carries, expected) < 1e-9
 
 
+def test_half_precision():
+    # No further from the truth than what is as imprecise, one element after the other.
+    xs = jr.normal(jr.key(0), (1000,))
+
+    def run(scan, dtype):
+        f = lambda h, x: (jnp.tanh(0.9 * h + 0.5 * x),) * 2
+        _, ys = scan(f, jnp.zeros((), dtype), xs.astype(dtype))
+        assert ys.dtype == dtype
+        return ys
+
+    exact = run(lax.scan, jnp.float64)
+    error = lambda scan: max_error(run(scan, jnp.bfloat16), exact)
+    assert error(deer_scan) < 2 * error(lax.scan)
+
+
 @pytest.mark.parametrize("method", (DEER(), QuasiDEER(), QuasiELK()))
 def test_long_memory(method):
     # Every element adds something that it finds as a difference of much larger values.

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-from diffrax import ODETerm
+from diffrax import ConstantStepSize, ODETerm, PIDController
 from diffrax_deer import (
     AssociativeScan,
     ConstantGuess,
     DEER,
     DeerSolver,
+    GaussLegendre,
     SolutionGuess,
 )
 
@@ -153,6 +154,23 @@ def test_float32(solver):
     # In far fewer iterations than substeps: not stopped by rounding errors.
     assert deer.solver_state.num_iterations < 10
     assert max_error(deer.ys, ref.ys) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", (jnp.float16, jnp.bfloat16))
+@pytest.mark.parametrize("controller", (ConstantStepSize(), PIDController(1e-2, 1e-2)))
+def test_half_precision(dtype, controller):
+    # Sums and linear systems are in single precision, only the vector field is not.
+    solver = DeerSolver(GaussLegendre(2), 8, guess=ConstantGuess())
+    sol = diffeqsolve(
+        ODETerm(lambda t, y, args: jnp.stack([y[1], -y[0]])),
+        *(solver, 0, 1, jnp.ones((), dtype), jnp.array([1.0, 0.0], dtype)),
+        # Otherwise Diffrax would make all of it more precise.
+        saveat=SaveAt(ts=jnp.ones(1, dtype)),
+        stepsize_controller=controller,
+    )
+    assert sol.ys.dtype == dtype
+    exact = np.array([np.cos(1), -np.sin(1)])
+    assert max_error(sol.ys[0], exact) < 2 * jnp.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))

@@ -4,6 +4,7 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 from diffrax import (
@@ -121,7 +122,7 @@ def almost(t1: RealScalarLike) -> Real[Array, ""]:
     """Steps that would end later end at `t1`. As in `diffeqsolve`, which thus avoids
     tiny steps at the end."""
     t1 = lax.stop_gradient(jnp.asarray(t1))
-    return t1 - 100 * jnp.spacing(t1)
+    return t1 - 100 * (t1 - eqxi.prevbefore(t1))
 
 
 def anchors(controller: AbstractStepSizeController) -> list[Array]:

@@ -22,8 +22,10 @@ from .restart import restart, too_large
 
 
 # What the rounding errors made in one evaluation amount to, in units of the precision
-# of its values. A residual below this cannot be told from zero.
+# of its values. A residual below this cannot be told from zero. In half precision that
+# would excuse far too much, so never more than a fraction of the values.
 _ROUNDING = 16
+_MOST_ROUNDING = 2**-8
 
 
 class JointSolution(eqx.Module):
@@ -225,8 +227,11 @@ class Iteration(eqx.Module):
     def rounding(self, seen: "_Seen", terms: Array) -> Iterate:
         """How large residuals may be because of rounding errors."""
         ends = jnp.abs(self.window.starts(seen.at.ys)) + jnp.abs(seen.at.ys)
-        size = ends[:, None, None] + jnp.abs(seen.values) + terms
-        return self.window.as_residual(_ROUNDING * self.window.eps * size)
+        # Values may be less precise than the sums that are made of them.
+        of_sums = _ROUNDING * float(jnp.finfo(ends.dtype).eps)
+        of_values = min(_ROUNDING * self.window.eps, _MOST_ROUNDING)
+        size = jnp.abs(seen.values) + terms
+        return self.window.as_residual(of_sums * ends[:, None, None] + of_values * size)
 
     def correction(self, seen: "_Seen") -> tuple[Iterate, Array, Array]:
         J = seen.jacobians()
