@@ -29,6 +29,7 @@ from diffrax import (
 )
 from jaxtyping import Array
 
+from ._adjoint import DeerAdjoint
 from ._checks import check_instance
 from ._custom_types import BoolScalarLike, IntScalarLike, PyTree, RealScalarLike, Terms
 from ._guess import AbstractGuess, ConstantGuess
@@ -104,6 +105,7 @@ class Report:
         the output. `None` if it does not tell.
     - `recommended_substeps`: how many substeps to solve at once, if that should be
         changed: in windows that are longer or shorter in proportion. Otherwise `None`.
+    - `may_miss_events`: whether an event inside of a window would not be seen.
     - `advice`: recommendations, as sentences.
     """
 
@@ -125,6 +127,7 @@ class Report:
     amplification: float
     stiffness: float
     memory: int | None
+    may_miss_events: bool
     # What was asked for: over how long a time, and who chose the windows.
     duration: float
     is_adaptive: bool
@@ -243,10 +246,11 @@ def diagnose(
     As for `diffrax.diffeqsolve`, so that a call of it can be turned into one of this.
 
     - `solver`: the [`diffrax_deer.DeerSolver`][] to look at.
-    - `saveat`, `adjoint`, `throw`, `progress_meter`: are not used, as they do not
-        change how windows are solved. (But [`diffrax_deer.DeerAdjoint`][] merges the
-        steps of `DeerSolver(substeps=1)`. Here, pass `substeps` and `dt0` of the merged
-        windows instead.)
+    - `adjoint`: who looks for an `event`. It does not change how windows are solved.
+        (But [`diffrax_deer.DeerAdjoint`][] merges the steps of
+        `DeerSolver(substeps=1)`. Here, pass `substeps` and `dt0` of the merged windows
+        instead.)
+    - `saveat`, `throw`, `progress_meter`: are not used.
     - `max_steps`: of everything there are this many windows in memory. `None` is as
         many as the default.
 
@@ -271,7 +275,12 @@ def diagnose(
         }
         ```
     """
-    del saveat, adjoint, throw, progress_meter
+    del saveat, throw, progress_meter
+    if isinstance(solver, AbstractSolver) and not isinstance(solver, DeerSolver):
+        raise TypeError(
+            "`diagnose(solver=...)` must be an instance of `DeerSolver`, got "
+            f"{solver!r}. Wrap it: `DeerSolver({solver!r})`."
+        )
     check_instance(solver, DeerSolver, "diagnose(solver=...)")
     inputs = jtu.tree_leaves((terms, solver, t0, t1, dt0, y0, args))
     if any(isinstance(x, jax.core.Tracer) for x in inputs):
@@ -345,6 +354,7 @@ def diagnose(
         amplification=_summary(np.max, infos["amplification"]),
         stiffness=_summary(np.median, infos["stiffness"]),
         memory=_memory(terms, solver, ts, y0, args, stepsize_controller),
+        may_miss_events=event is not None and not isinstance(adjoint, DeerAdjoint),
         duration=abs(float(t1) - float(t0)),
         is_adaptive=is_adaptive,
     )
@@ -642,11 +652,11 @@ def _recommended_substeps(report: Report) -> int | None:
     if report.is_sequential or _is_unstable(report) or _is_stiff(report):
         # It is something else that should be changed.
         return None
-    failed = report.result != RESULTS.successful
-    if failed or most > 1.5 * _TARGET:
-        # What has been solved in time.
+    if report.result != RESULTS.successful or most > 1.5 * _TARGET:
+        # What has been solved in time. If that is all or nothing, then it is not for
+        # the length of the windows.
         fronts = [fronts[min(_TARGET, len(fronts) - 1)] for fronts in report.fronts]
-        return max(int(min(fronts)), 1)
+        return int(min(fronts)) if 0 < min(fronts) < substeps else None
     elif most <= _FEW and np.max(np.abs(np.diff(report.ts))) < 0.99 * report.duration:
         return 2 * substeps
     else:
@@ -655,13 +665,46 @@ def _recommended_substeps(report: Report) -> int | None:
 
 def _advice(report: Report) -> list[str]:
     if len(report.num_iterations) == 0:
-        return ["There is not a single window to look at."]
+        if report.result == RESULTS.successful:
+            return ["There is not a single window to look at."]
+        return [
+            "No window could be solved, however short. Is the vector field finite at "
+            "`t0` and `y0`?"
+        ]
     length = float(np.max(np.abs(np.diff(report.ts))))
     return [
+        *_advice_on_events(report),
+        *_advice_on_failure(report),
         *_advice_on_windows(report, length),
         *_advice_on_span(report),
         *_advice_on_growth(report, length),
         *_advice_on_cost(report),
+    ]
+
+
+def _advice_on_events(report: Report) -> list[str]:
+    if not report.may_miss_events:
+        return []
+    return [
+        "Events are looked for at the ends of windows only, so that one inside may not "
+        "be seen. With `adjoint=DeerAdjoint()` it is."
+    ]
+
+
+def _advice_on_failure(report: Report) -> list[str]:
+    name, (begin, end) = type(report.solver.solver).__name__, report.ts[-2:]
+    if report.result == RESULTS.nonfinite:
+        where = f"Between t={begin:.4g} and t={end:.4g} not all values are finite."
+    elif report.result == RESULTS.max_steps_reached:
+        where = (
+            f"It got as far as t={end:.4g}, at last in windows of a length of "
+            f"{abs(end - begin):.2g}. If these are not short, pass more `max_steps`."
+        )
+    else:
+        return []
+    return [
+        f"{where} If `{name}()` by itself gets no further, then the vector field is "
+        "not finite there, or the solution ends."
     ]
 
 
@@ -693,6 +736,8 @@ def _advice_on_windows(report: Report, length: float) -> list[str]:
             "CPU: nothing was solved jointly. With `guess=ConstantGuess()` this says "
             "what a GPU would do."
         ]
+    if num_substeps is None and report.result != RESULTS.successful:
+        return []
     if num_substeps is None:
         return ["The windows are about as long as they should be."]
     new = f"`substeps={num_substeps}`"

@@ -1,5 +1,6 @@
 """The report on a solve says what the solve itself does, and gives sound advice."""
 
+import dataclasses
 import inspect
 from typing import Any, cast
 
@@ -113,6 +114,19 @@ def test_failure():
     plt.close(report.plot())
 
 
+def test_where_there_is_no_solution():
+    # Which ends at t=1.
+    def run(controller):
+        call = ODETerm(lambda t, y, args: y**2), solver, 0, 3, 0.75, jnp.ones(1)
+        return diagnose(*call, stepsize_controller=controller, max_steps=32)
+
+    solver = DeerSolver(tsit5, 16, guess=ConstantGuess())
+    constant = str(run(diffrax.ConstantStepSize()))
+    assert "Between t=0.75 and t=1.5 not all values are finite" in constant
+    adaptive = str(run(diffrax.PIDController(1e-3, 1e-6)))
+    assert "It got as far as t=" in adaptive
+
+
 def test_memory_and_large_states():
     size = 64
     weight = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)) / 8)
@@ -185,6 +199,12 @@ def test_arguments_of_diffeqsolve():
     report = diagnose(*call, **cast(Any, kwargs))
     assert report.result == RESULTS.event_occurred
     assert report.ts[-1] < 8
+    # Others than `DeerAdjoint` may miss it.
+    missed = "Events are looked for"
+    assert missed not in str(report)
+    assert missed in str(dataclasses.replace(report, may_miss_events=True))
+    del kwargs["adjoint"]
+    assert diagnose(*call, **cast(Any, kwargs)).may_miss_events
     # A warm start.
     state = diffeqsolve(
         *call[:3], 0.5, *call[4:], saveat=SaveAt(t1=True, solver_state=True)
@@ -208,7 +228,9 @@ def test_empty_state():
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match=r"diagnose\(solver=...\)"):
+    with pytest.raises(TypeError, match=r"Wrap it: `DeerSolver\(Tsit5"):
         diagnose(term, cast(Any, tsit5), 0, 1, 1, y0)
+    with pytest.raises(TypeError, match=r"diagnose\(solver=...\)"):
+        diagnose(term, cast(Any, DeerSolver), 0, 1, 1, y0)
     with pytest.raises(TypeError, match="jit"):
         jax.jit(lambda y0: diagnose(term, DeerSolver(), 0, 1, 1, y0).ts)(y0)
