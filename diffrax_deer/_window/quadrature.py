@@ -5,6 +5,7 @@ gradients of parameters in an adjoint equation. There is nothing to be solved fo
 import functools as ft
 import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -56,7 +57,7 @@ class Split(eqx.Module):
 
 
 def which_are_read(
-    fn: Callable[[PyTree[Array]], PyTree[Array]], y0: PyTree[Array]
+    fn: Callable[[PyTree[Any]], PyTree[Any]], y0: PyTree[Any]
 ) -> tuple[bool, ...]:
     """Which leaves of `y0` the values of `fn` may depend on. All if there are none."""
     leaves = jtu.tree_leaves(y0)

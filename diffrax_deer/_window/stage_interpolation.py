@@ -103,7 +103,7 @@ def _of_stages(interpolation_cls, tableau):
     return StageInterpolationFactory(interpolation_cls, tableau, reads)
 
 
-def _example(tableau: Tableau, dtype: Any = jnp.float32) -> DenseInfo:
+def _example(tableau: Tableau, dtype: Any = jnp.float32) -> dict[str, Any]:
     """What is stored of a step, if the state is a single number."""
     y = jax.ShapeDtypeStruct((), dtype)
     k = (jax.ShapeDtypeStruct((tableau.stages,), dtype),) * tableau.parts
