@@ -46,4 +46,4 @@ def unravel_like(y: PyTree[Array]) -> Callable[[Float[Array, " size"]], PyTree[A
 
 
 def _at_least_single(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x

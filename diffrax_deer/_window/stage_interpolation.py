@@ -45,15 +45,15 @@ class StageInterpolation(AbstractLocalInterpolation):
         def of_leaf(*stored):
             dtype = jnp.result_type(jnp.finfo(stored[0].dtype).dtype, t0)
             pairs = zip(weights(dtype), stored)
-            with jax.numpy_dtype_promotion("standard"):
-                terms = [
-                    (operator.mul if w.ndim == 0 else _weighted)(w, x)
-                    for w, x in itertools.compress(pairs, self.factory.reads)
-                ]
-                return ft.reduce(operator.add, terms)
+            terms = [
+                (operator.mul if w.ndim == 0 else _weighted)(w, x)
+                for w, x in itertools.compress(pairs, self.factory.reads)
+            ]
+            return ft.reduce(operator.add, terms)
 
         structure = jtu.tree_structure(_example(self.factory.tableau))
-        return jtu.tree_map(of_leaf, *structure.flatten_up_to(self.dense_info))
+        with jax.numpy_dtype_promotion("standard"):
+            return jtu.tree_map(of_leaf, *structure.flatten_up_to(self.dense_info))
 
     def _weights(self, t, dtype):
         # By which all that is stored is multiplied.
