@@ -160,7 +160,8 @@ class StageWindow(AbstractWindow):
         def body(y, x):
             def stage(i, k):
                 increment = jnp.sum(A[:, i] * k, axis=(0, 1))
-                return k.at[:, i].set(self.stage(x, i, y + increment))
+                new = self.stage(x, i, y + increment)
+                return lax.dynamic_update_index_in_dim(k, new, i, axis=1)
 
             k = lax.fori_loop(0, stages, stage, zeros)
             y = y + jnp.sum(b * k, axis=(0, 1))
@@ -219,7 +220,7 @@ class StageWindow(AbstractWindow):
                 at = core, x, points[i]
                 _, dk_i = eqx.filter_jvp(value, at, (t_core, t_x, moved))
                 dk_i = dk_i if b is None else dk_i + b.ks[:, i]
-                return dk.at[:, i].set(dk_i)
+                return lax.dynamic_update_index_in_dim(dk, dk_i, i, axis=1)
 
             dk = lax.fori_loop(0, self.tableau.stages, stage, zeros)
             dy = dy + jnp.sum(weights * dk, axis=(0, 1))
