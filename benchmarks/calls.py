@@ -143,21 +143,16 @@ def same_grid(call: Call) -> Diffeqsolve | None:
     return diffeqsolve
 
 
-def functions(
-    call: Call, diffeqsolve: Diffeqsolve, is_reverse: bool
-) -> dict[str, Callable]:
+def functions(call: Call, diffeqsolve: Diffeqsolve) -> dict[str, Callable]:
     """The value and its derivative, of the parameters and the data."""
 
     def value(params, data):
         return call.read(call.solve(diffeqsolve, params, data))
 
-    if not call.hessian:
-        loss = lambda params, data: call.loss(value(params, data))
-        return dict(value=value, gradient=jax.value_and_grad(loss))
-    elif is_reverse:
+    if call.hessian:
         return dict(value=value, gradient=jax.hessian(value))
-    else:
-        return dict(value=value, gradient=jax.jacfwd(jax.jacfwd(value)))
+    loss = lambda params, data: call.loss(value(params, data))
+    return dict(value=value, gradient=jax.value_and_grad(loss))
 
 
 class Compiled(NamedTuple):
@@ -195,7 +190,7 @@ def span(call: Call, contender: str) -> int:
 
     wrap = lambda solver: DeerSolver(solver, guess=ConstantGuess())
     diffeqsolve = swaps(wrap, each_term=counted)[contender]
-    value = functions(call, diffeqsolve, False)["value"]
+    value = functions(call, diffeqsolve)["value"]
     jax.block_until_ready(jax.jit(value)(call.params, call.data))
     return counter.read().span
 
@@ -227,7 +222,7 @@ def rows_of(
     reference = None
     if call.adjoint is not None:
         solve = swap(adjoint=call.adjoint)
-        gradient = functions(call, solve, False)["gradient"]
+        gradient = functions(call, solve)["gradient"]
         reference, _ = attempt(jax.jit(gradient), *inputs)
 
     programs, failed = {}, {}
@@ -236,8 +231,7 @@ def rows_of(
         if solve is None:
             failed[contender, "value"] = errors[contender]
             continue
-        is_reverse = contender in (BOTH, ADJOINT)
-        for what, function in functions(call, solve, is_reverse).items():
+        for what, function in functions(call, solve).items():
             program, error = attempt(compiled, function, *inputs)
             if program is None:
                 failed[contender, what] = error
