@@ -84,15 +84,15 @@ def interpolation_of(
     interpolation_cls, tableau = solver.interpolation_cls, tableau_of(solver)
     if tableau is None or not tableau.has_dense_stages:
         return interpolation_cls
+    # One that somebody else has written need not be linear.
+    package = interpolation_cls.__module__.split(".")[0]
+    if package not in ("diffrax", __name__.split(".")[0]):
+        return interpolation_cls
     return _of_stages(interpolation_cls, tableau)
 
 
 @ft.cache
 def _of_stages(interpolation_cls, tableau):
-    # One that somebody else has written need not be linear.
-    package = interpolation_cls.__module__.split(".")[0]
-    if package not in ("diffrax", __name__.split(".")[0]):
-        return interpolation_cls
     make = lambda info: interpolation_cls(t0=0.0, t1=1.0, **info)
     evaluate = lambda info: make(info).evaluate(0.5)
     example = _example(tableau)
