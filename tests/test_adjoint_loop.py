@@ -289,3 +289,24 @@ def test_progress_meter(solver, controller, capfd):
     assert lines[0] == "0.00%" and lines[-1] == "100.00%"
     # Several windows.
     assert len(lines) > 3
+
+
+def test_the_last_step_ends_where_that_of_diffrax_does():
+    # Where the next to last one ends but so many floating point numbers before. (With
+    # 99, Diffrax also makes a step of length zero.)
+    def ends(adjoint, numbers):
+        ts = jnp.array([0, 0.5, 1 - numbers * 2.0**-53, 1])
+        sol = diffrax.diffeqsolve(
+            ODETerm(lambda t, y, args: -y),
+            *(diffrax.Euler(), 0.0, 1.0, None, 1.0),
+            stepsize_controller=diffrax.StepTo(ts),
+            saveat=SaveAt(steps=True),
+            max_steps=4,
+            adjoint=adjoint,
+        )
+        assert sol.ts is not None
+        return set(sol.ts.tolist())
+
+    for numbers in (99, 101):
+        expected = ends(diffrax.RecursiveCheckpointAdjoint(), numbers)
+        assert ends(DeerAdjoint(), numbers) == expected
