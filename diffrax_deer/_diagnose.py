@@ -736,9 +736,9 @@ def _advice_on_windows(report: Report, length: float) -> list[str]:
             "CPU: nothing was solved jointly. With `guess=ConstantGuess()` this says "
             "what a GPU would do."
         ]
-    if num_substeps is None and report.result != RESULTS.successful:
-        return []
     if num_substeps is None:
+        if report.result != RESULTS.successful:
+            return []
         return ["The windows are about as long as they should be."]
     new = f"`substeps={num_substeps}`"
     if not report.is_adaptive:

@@ -11,7 +11,6 @@ import optimistix as optx
 from diffrax import (
     AbstractAdaptiveSolver,
     AbstractImplicitSolver,
-    AbstractLocalInterpolation,
     AbstractTerm,
     RESULTS,
 )
@@ -30,6 +29,7 @@ from .._custom_types import (
     VF,
     Y,
 )
+from .._interpolation import AbstractInterpolation
 
 
 class AbstractCollocation(AbstractImplicitSolver[None], AbstractAdaptiveSolver[None]):
@@ -166,7 +166,7 @@ def _weights(nodes: np.ndarray, end: float) -> np.ndarray:
     return w @ np.prod(np.where(others, factors, 1), axis=-1)
 
 
-class CollocationInterpolation(AbstractLocalInterpolation):
+class CollocationInterpolation(AbstractInterpolation):
     """The polynomial itself."""
 
     t0: RealScalarLike
@@ -175,15 +175,9 @@ class CollocationInterpolation(AbstractLocalInterpolation):
     k: Stages
     nodes: tuple[float, ...] = eqx.field(static=True)
 
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
-        if t1 is not None:
-            return jtu.tree_map(
-                jnp.subtract, self.evaluate(t1, left=left), self.evaluate(t0, left=left)
-            )
+    def at(self, t: RealScalarLike, left: bool) -> PyTree[Array]:
         del left
-        x = jnp.asarray((t0 - self.t0) / (self.t1 - self.t0))
+        x = jnp.asarray((t - self.t0) / (self.t1 - self.t0))
         # The integrals of the Lagrange polynomials, as polynomials themselves.
         stages = len(self.nodes)
         powers = np.arange(1, stages + 1)

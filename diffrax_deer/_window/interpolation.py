@@ -8,6 +8,7 @@ from diffrax import AbstractLocalInterpolation
 from jaxtyping import Array, Int, Real
 
 from .._custom_types import PyTree, RealScalarLike
+from .._interpolation import AbstractInterpolation
 
 
 def uniform_steps(
@@ -38,7 +39,7 @@ def time_at(
     return jnp.where(fraction == 1, t1, t0 + fraction * (t1 - t0))
 
 
-class WindowInterpolation(AbstractLocalInterpolation):
+class WindowInterpolation(AbstractInterpolation):
     """Inside each substep of a window, the interpolation of the wrapped solver."""
 
     t0: RealScalarLike
@@ -50,14 +51,7 @@ class WindowInterpolation(AbstractLocalInterpolation):
     substeps: int
     interpolation_cls: Callable[..., AbstractLocalInterpolation]
 
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
-        if t1 is not None:
-            return jtu.tree_map(
-                jnp.subtract, self.evaluate(t1, left=left), self.evaluate(t0, left=left)
-            )
-        t = t0
+    def at(self, t: RealScalarLike, left: bool) -> PyTree[Array]:
         length = self.t1 - self.t0
         length = jnp.where(length == 0, 1, length)
         fraction = lax.stop_gradient((t - self.t0) / length)

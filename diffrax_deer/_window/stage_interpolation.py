@@ -14,11 +14,12 @@ from diffrax import AbstractLocalInterpolation, AbstractSolver
 from jaxtyping import Array, Float, Shaped
 
 from .._custom_types import DenseInfo, PyTree, RealScalarLike
+from .._interpolation import AbstractInterpolation
 from .quadrature import which_are_read
 from .tableau import Tableau, tableau_of
 
 
-class StageInterpolation(AbstractLocalInterpolation):
+class StageInterpolation(AbstractInterpolation):
     """The interpolation of a Runge--Kutta method, if that is a linear function of all
     its stages.
 
@@ -32,18 +33,12 @@ class StageInterpolation(AbstractLocalInterpolation):
     dense_info: DenseInfo
     factory: "StageInterpolationFactory" = eqx.field(static=True)
 
-    def evaluate(
-        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
-    ) -> PyTree[Array]:
-        if t1 is not None:
-            return jtu.tree_map(
-                jnp.subtract, self.evaluate(t1, left=left), self.evaluate(t0, left=left)
-            )
+    def at(self, t: RealScalarLike, left: bool) -> PyTree[Array]:
         del left
-        weights = ft.cache(ft.partial(self._weights, t0))
+        weights = ft.cache(ft.partial(self._weights, t))
 
         def of_leaf(*stored):
-            dtype = jnp.result_type(jnp.finfo(stored[0].dtype).dtype, t0)
+            dtype = jnp.result_type(jnp.finfo(stored[0].dtype).dtype, t)
             pairs = zip(weights(dtype), stored)
             terms = [
                 (operator.mul if w.ndim == 0 else _weighted)(w, x)
