@@ -96,10 +96,11 @@ def direct(
     scan = whole_scan(scan, window.sharding)
 
     def solve(start, b):
-        r = system.condense(b)
-        starts = before(jnp.zeros_like(r), start)
-        ys = recurrence(scan, system.A, r + matvec(system.A, starts))
-        return Iterate(ys, system.substitute(before(ys, start), b))
+        condensed = system.condense(b)
+        starts = before(jnp.zeros_like(condensed.ys), start)
+        r = condensed.ys + matvec(system.A, starts)
+        ys = recurrence(scan, system.A, r)
+        return Iterate(ys, system.substitute(before(ys, start), condensed))
 
     return solve
 

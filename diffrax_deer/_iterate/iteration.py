@@ -238,16 +238,16 @@ class Iteration(eqx.Module):
         usable = seen.okay & jnp.isfinite(J).reshape(*seen.okay.shape, -1).all(axis=-1)
         J = jnp.where(jnp.expand_dims(usable, range(3, J.ndim)), J, 0)
         system = self.window.eliminate(J)
-        r = system.condense(seen.r)
+        condensed = system.condense(seen.r)
         # The equations of the stages may have no solution.
-        usable = is_finite(r) & is_finite(system.A.reshape(len(r), -1))
+        usable = is_finite(condensed.ys) & is_finite(system.A.reshape(len(J), -1))
         A = jnp.where(jnp.expand_dims(usable, range(1, system.A.ndim)), system.A, 0)
-        r = jnp.where(usable[:, None], r, seen.r.ys)
+        r = jnp.where(usable[:, None], condensed.ys, seen.r.ys)
         scan = whole_scan(self.scan, self.window.sharding)
         ys, is_telling = self.method.correct(scan, A, r, seen.at.ys)
         # This changes nothing, unless the scan makes rounding errors larger than ours.
         ys = jnp.where(seen.is_known[:, None], r, ys)
-        delta = Iterate(ys, system.substitute(before(ys), seen.r))
+        delta = Iterate(ys, system.substitute(before(ys), condensed))
         return delta, is_telling, _terms(J, seen.points)
 
     def lost(

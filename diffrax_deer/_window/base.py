@@ -43,15 +43,16 @@ class AbstractElimination(eqx.Module):
     is_exact: AbstractVar[bool]
 
     @abc.abstractmethod
-    def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
-        """What the residual amounts to at the end of each substep, if there is no
-        correction at its start."""
+    def condense(self, r: Iterate) -> Iterate:
+        """The corrections at the ends and of the stages of each substep, if there is
+        none at its start. `r` are the residuals."""
 
     @abc.abstractmethod
     def substitute(
-        self, starts: Float[Array, "substeps size"], r: Iterate
+        self, starts: Float[Array, "substeps size"], condensed: Iterate
     ) -> Float[Array, "substeps parts stages size"]:
-        """The corrections of the stages."""
+        """The corrections of the stages, given those at the starts. `condensed` are
+        those without."""
 
 
 class AbstractWindow(eqx.Module):

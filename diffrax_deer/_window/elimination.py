@@ -35,6 +35,9 @@ class StageElimination(AbstractElimination):
     # Of what has to be solved for implicit stages, each as the matrices to multiply
     # with, one after the other. Of stages that are explicit there are none.
     inverses: Sequence[tuple[Array, ...]]
+    # The same as `A`, for the stages. With these, corrections at the starts need not go
+    # from stage to stage, each of which takes two kernels on a GPU.
+    A_stages: Array
     A: Matrices
     is_exact: bool = eqx.field(static=True)
 
@@ -50,26 +53,33 @@ class StageElimination(AbstractElimination):
             self.is_exact = False
             self.inverses = [self._of_modes()]
         if self._is_diagonal:
-            self.A = self._step(jnp.ones_like(J[:, 0, 0]))
+            self.A_stages, self.A = self._step(jnp.ones_like(J[:, 0, 0]))
         else:
             unit = lambda e: self._step(jnp.broadcast_to(e, J.shape[:1] + e.shape))
-            self.A = jax.vmap(unit, out_axes=-1)(jnp.eye(J.shape[-1], dtype=J.dtype))
+            units = jnp.eye(J.shape[-1], dtype=J.dtype)
+            self.A_stages, self.A = jax.vmap(unit, out_axes=-1)(units)
 
-    def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
-        return r.ys + weighted(self.tableau.b, self._solve(jnp.zeros_like(r.ys), r.ks))
+    def condense(self, r: Iterate) -> Iterate:
+        ks = self._solve(jnp.zeros_like(r.ys), r.ks)
+        return Iterate(r.ys + weighted(self.tableau.b, ks), ks)
 
     def substitute(
-        self, starts: Float[Array, "substeps size"], r: Iterate
+        self, starts: Float[Array, "substeps size"], condensed: Iterate
     ) -> Float[Array, "substeps parts stages size"]:
-        return self._solve(starts, r.ks)
+        ks = condensed.ks
+        if self._is_diagonal:
+            return self.A_stages * starts[:, None, None] + ks
+        rows = self.A_stages.reshape(len(ks), math.prod(ks.shape[1:]), ks.shape[-1])
+        return matvec(rows, starts).reshape(ks.shape) + ks
 
     @property
     def _is_diagonal(self):
         return self.J.ndim == 4
 
     def _step(self, starts):
-        # What a correction at the start becomes at the end.
-        return starts + weighted(self.tableau.b, self._solve(starts, None))
+        # What a correction at the start becomes in the stages, and at the end.
+        dks = self._solve(starts, None)
+        return dks, starts + weighted(self.tableau.b, dks)
 
     def _solve(self, starts, r):
         if self.tableau.is_diagonally_implicit:
@@ -197,19 +207,19 @@ class BlockElimination(AbstractElimination):
     def is_exact(self) -> bool:
         return self.each.is_exact
 
-    def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
+    def condense(self, r: Iterate) -> Iterate:
         return self._of_each(lambda system, r: system.condense(r), r)
 
     def substitute(
-        self, starts: Float[Array, "substeps size"], r: Iterate
+        self, starts: Float[Array, "substeps size"], condensed: Iterate
     ) -> Float[Array, "substeps parts stages size"]:
         fn = lambda system, inputs: system.substitute(*inputs)
-        return self._of_each(fn, (starts, r))
+        return self._of_each(fn, (starts, condensed))
 
     def _of_each(self, fn, inputs):
         inputs = jtu.tree_map(lambda x: split(x, self.A.shape[-1]), inputs)
         fn = jax.vmap(fn, in_axes=-1, out_axes=-1)
-        return join(fn(self.each, inputs))
+        return jtu.tree_map(join, fn(self.each, inputs))
 
 
 def weighted(

@@ -146,13 +146,13 @@ class _MapElimination(AbstractElimination):
     A: Matrices
     is_exact: bool = eqx.field(default=True, static=True)
 
-    def condense(self, r: Iterate) -> Float[Array, "substeps size"]:
-        return r.ys
+    def condense(self, r: Iterate) -> Iterate:
+        return r
 
     def substitute(
-        self, starts: Float[Array, "substeps size"], r: Iterate
+        self, starts: Float[Array, "substeps size"], condensed: Iterate
     ) -> Float[Array, "substeps 0 0 size"]:
-        return r.ks
+        return condensed.ks
 
 
 class StepWindow(AbstractMapWindow):
