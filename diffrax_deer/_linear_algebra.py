@@ -1,6 +1,7 @@
 """Products of many small matrices, which may be given by their diagonals or blocks."""
 
-from collections.abc import Callable
+import functools as ft
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import jax
@@ -25,16 +26,9 @@ _SMALL = 8
 def matmul(
     A: Float[Array, "... i j"], B: Float[Array, "... j k"], small: int = _SMALL
 ) -> Array:
-    def product(A, B):
-        return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
-
-    def sum_of_products(A, B):
-        return jnp.sum(A[..., None] * B[..., None, :, :], axis=-2)
-
-    if A.shape[-1] <= small:
-        return lax.platform_dependent(A, B, cpu=product, default=sum_of_products)
-    else:
-        return product(A, B)
+    if _are_sums(A, small):
+        return _sum(A[..., k, None] * B[..., None, k, :] for k in range(A.shape[-1]))
+    return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
 
 
 def matvec(A: Matrices, x: Float[Array, "*batch size"]) -> Array:
@@ -42,12 +36,24 @@ def matvec(A: Matrices, x: Float[Array, "*batch size"]) -> Array:
         return A * x
     elif has_blocks(A, x):
         return blockwise(matvec, A, x)
+    elif _are_sums(A, _SMALL):
+        return _sum(A[..., k] * x[..., k, None] for k in range(A.shape[-1]))
     elif A.shape[-1] <= _SMALL:
         # XLA fuses this into what surrounds it. On small states a call to a library
         # costs more than its arithmetic.
         return jnp.sum(A * x[..., None, :], axis=-1)
     else:
         return jnp.matmul(A, x[..., None], precision=lax.Precision.HIGHEST)[..., 0]
+
+
+def _are_sums(A, small):
+    # Term by term: then they are elementwise, and on a GPU part of whatever kernel they
+    # occur in, whereas a kernel ends with every reduction. On a CPU that is slower.
+    return 0 < A.shape[-1] <= small and jax.default_backend() != "cpu"
+
+
+def _sum(terms: Iterable[Array]) -> Array:
+    return ft.reduce(jnp.add, terms)
 
 
 def transpose(A: Matrices, x: Float[Array, "*batch size"]) -> Matrices:

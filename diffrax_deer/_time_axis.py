@@ -3,6 +3,7 @@ if this axis is divided over several devices, without any of them having the who
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.lax as lax
@@ -58,10 +59,22 @@ def with_last(
     return jnp.concatenate([x[:-1], y[None]])
 
 
-def first_of(is_so: Bool[Array, " substeps"]) -> Int[Array, ""]:
+def first_of(is_so: Bool[Array, "substeps ..."]) -> Int[Array, "..."]:
     """The index of the first one, or their number if there is none."""
     index = jnp.arange(len(is_so), dtype=jnp.int32)
-    return jnp.min(jnp.where(is_so, index, len(is_so)), initial=len(is_so))
+    index = jnp.expand_dims(index, range(1, is_so.ndim))
+    return jnp.min(jnp.where(is_so, index, len(is_so)), axis=0, initial=len(is_so))
+
+
+def place_in(
+    xs: Shaped[Array, " length"],
+    x: Shaped[Array, "*shape"],
+    side: Literal["left", "right"] = "left",
+) -> Int[Array, "*shape"]:
+    """Where to put `x` so that these remain in order."""
+    # Each round of a loop would be several kernels on a GPU.
+    method = "scan" if jax.default_backend() == "cpu" else "scan_unrolled"
+    return jnp.searchsorted(xs, x, side=side, method=method)
 
 
 def running(

@@ -9,6 +9,7 @@ from diffrax import SubSaveAt
 from jaxtyping import Array, Real
 
 from .._custom_types import IntScalarLike, PyTree
+from .._time_axis import place_in
 from .trajectory import Trajectory
 
 
@@ -58,7 +59,7 @@ def save(
         ends = jnp.where(is_saved, lax.stop_gradient(ends), jnp.inf)
         index = num_t0 + jnp.arange(len(steps), dtype=jnp.int32)
         if subsaveat.ts is not None:
-            index = index + jnp.searchsorted(subsaveat.ts, ends, side="right")
+            index = index + place_in(subsaveat.ts, ends, side="right")
         saved.append(is_saved)
         indices.append(index)
         # If there is a jump between two steps, then Diffrax saves the time after it.
@@ -73,7 +74,7 @@ def save(
         num_ts = jnp.sum(is_saved, dtype=jnp.int32)
         index = num_t0 + jnp.arange(len(subsaveat.ts), dtype=jnp.int32)
         if ends is not None:
-            index = index + jnp.searchsorted(ends, subsaveat.ts)
+            index = index + place_in(ends, subsaveat.ts)
         saved.append(is_saved)
         indices.append(index)
         ts.append(subsaveat.ts)

@@ -16,6 +16,7 @@ from diffrax import (
 from jaxtyping import Array, Int, Real
 
 from .._custom_types import IntScalarLike, PyTree, RealScalarLike
+from .._time_axis import place_in
 
 
 class AbstractTimes(eqx.Module):
@@ -108,7 +109,7 @@ class ChosenTimes(AbstractTimes):
         ts = lax.stop_gradient(ts)
         moving = jnp.sort(jnp.concatenate([jnp.ravel(x) for x in self.anchors]))
         fixed = lax.stop_gradient(moving)
-        right = jnp.clip(jnp.searchsorted(fixed, ts), 1, len(moving) - 1)
+        right = jnp.clip(place_in(fixed, ts), 1, len(moving) - 1)
         left = right - 1
         nearest = jnp.where(ts - fixed[left] < fixed[right] - ts, left, right)
         # Jumps are stepped over, from the floating point number before to the one

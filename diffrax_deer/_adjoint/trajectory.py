@@ -17,7 +17,7 @@ from .._custom_types import IntScalarLike, PyTree
 from .._implicit import as_known, implicit_solution, with_zeros, without_gradient
 from .._method import AbstractMethod
 from .._scan import AbstractScan
-from .._time_axis import at as at_index, divided
+from .._time_axis import at as at_index, divided, place_in
 from .._window import Discretisation, grid_time, Iterate, Scheme, time_at
 from .times import AbstractTimes
 
@@ -472,7 +472,7 @@ class Trajectory(eqx.Module):
         rows = known.ys.reshape(-1, known.ys.shape[-1])[: len(known.ts)]
         if len(ts) != len(known.ts):
             # They are among those of other `SubSaveAt`s.
-            rows = rows[jnp.searchsorted(known.ts, ts)]
+            rows = rows[place_in(known.ts, ts)]
         return as_known(lax.stop_gradient(scheme.unravel_all(rows)), ys)
 
     def _last_times(self):
@@ -497,7 +497,7 @@ def _which(
     ts: Real[Array, " times"],
 ) -> Int[Array, " times"]:
     """In which of these substeps the times are, or nearest to which."""
-    after = jnp.minimum(jnp.searchsorted(ends, ts), len(ends) - 1)
+    after = jnp.minimum(place_in(ends, ts), len(ends) - 1)
     # When substeps were kept, their times may have been rounded otherwise. So where one
     # ends at a save time, it may seem to end before, and the next one to be far away.
     before = jnp.maximum(after - 1, 0)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Real
 
+from .._time_axis import first_of
 from .._window import Discretisation, Iterate
 
 
@@ -14,7 +15,7 @@ def coarse_grid(
     # All large steps consist of as many substeps, but the first ones of one more. (To
     # round a multiple of `substeps / steps` instead would overflow on long windows.)
     # Substeps of length zero, with which a window may be padded, do not count.
-    used = jnp.maximum(jnp.searchsorted(ts, ts[-1]), 1).astype(jnp.int32)
+    used = jnp.maximum(first_of(ts >= ts[-1]), 1)
     short, num_long = used // steps, used % steps
     index = jnp.arange(steps + 1, dtype=jnp.int32)
     return ts[index * short + jnp.minimum(index, num_long)]

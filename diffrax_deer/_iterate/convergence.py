@@ -14,7 +14,7 @@ _KAPPA = 0.1
 
 
 class Convergence(eqx.Module):
-    """How an iteration proceeds, and whether it is done. Everything is a scalar.
+    """How an iteration proceeds, and whether it is done.
 
     **Attributes:**
 
@@ -25,13 +25,13 @@ class Convergence(eqx.Module):
     change: Float[Array, ""]
 
     def is_exact(
-        self, excess: Float[Array, ""], drift: Float[Array, ""]
-    ) -> Bool[Array, ""]:
+        self, excess: Float[Array, "*substeps"], drift: Float[Array, "*substeps"]
+    ) -> Bool[Array, "*substeps"]:
         """Whether the residual is nothing but rounding errors, so that there is nothing
         to correct.
 
-        `excess` is the largest residual in units of what rounding errors may amount to.
-        So is `drift`, of their sums: rounding errors largely cancel, whereas small
+        `excess` is how large it is in units of what rounding errors may amount to. So
+        is `drift`, of its sum until then: rounding errors largely cancel, whereas small
         steps of a solution that moves slowly add up.
         """
         return (excess <= 1) & (drift <= 1)

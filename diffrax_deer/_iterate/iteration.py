@@ -136,10 +136,9 @@ class Iteration(eqx.Module):
         seen = self.look(state.at)
         rounding = self.rounding(seen, state.terms)
         excesses = _excesses(seen.r, rounding)
-        is_exact = state.convergence.is_exact(
-            jnp.max(excesses, initial=0), _drift(self.window, seen.r, rounding)
-        )
-        is_exact = is_exact & jnp.all(seen.exists)
+        drifts = _drifts(self.window, seen.r, rounding)
+        is_exact = state.convergence.is_exact(excesses, drifts) & seen.exists
+        is_exact = jnp.all(is_exact)
         # In a batch, all or none: a `cond` that differs between elements is no saving.
         return lax.cond(
             eqxi.unvmap_all(is_exact),
@@ -263,10 +262,10 @@ class Iteration(eqx.Module):
             return first_of(is_lost)
         delta = jtu.tree_map(jnp.subtract, new, state.at)
         is_large = too_large(self.window.y0, new, delta) & may_be_lost
+        lost, large = first_of(jnp.stack([is_lost, is_large], axis=1))
         # To begin again where that has just been done does not help.
-        helps = first_of(is_large) > state.lost
-        helps = helps | (state.lost == len(is_lost))
-        return first_of(is_lost | (is_large & helps))
+        helps = (large > state.lost) | (state.lost == len(is_lost))
+        return jnp.where(helps, jnp.minimum(lost, large), lost)
 
     def change(self, old: Iterate, new: Iterate) -> Float[Array, ""]:
         """How large a correction is, in units of the tolerance."""
@@ -343,9 +342,12 @@ def _excesses(r: Iterate, bound: Iterate) -> Float[Array, " substeps"]:
     return jnp.maximum(ys, jnp.max(ks, axis=(1, 2, 3), initial=0))
 
 
-def _drift(window: AbstractWindow, r: Iterate, rounding: Iterate) -> Float[Array, ""]:
+def _drifts(
+    window: AbstractWindow, r: Iterate, rounding: Iterate
+) -> Float[Array, " substeps"]:
+    """The same of the sums of all residuals until then."""
     total = jnp.abs(running(jnp.cumsum, jnp.add, window.net(r), window.sharding))
     bound = running(lax.cummax, jnp.maximum, rounding.ys, window.sharding)
     number = jnp.arange(1, len(total) + 1, dtype=bound.dtype)[:, None]
     ratio = jnp.where(total == 0, 0, total / (jnp.sqrt(number) * bound))
-    return jnp.max(ratio, initial=0)
+    return jnp.max(ratio, axis=1, initial=0)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Real
 
 from .._custom_types import PyTree, Terms
-from .._time_axis import num_parts
+from .._time_axis import num_parts, place_in
 from .base import AbstractWindow, Iterate
 from .interpolation import time_at
 from .one_step import Substep
@@ -147,7 +147,7 @@ class Discretisation(eqx.Module):
 
     def evaluate(self, at: Iterate, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, by the interpolation of the solver."""
-        index = jnp.searchsorted(lax.stop_gradient(self.t1s), ts)
+        index = place_in(lax.stop_gradient(self.t1s), ts)
         index = jnp.clip(index, 0, self.substeps - 1)
         infos = self.outputs(self.whole(at)).dense_info
         infos = jtu.tree_map(lambda x: x[index], infos)
