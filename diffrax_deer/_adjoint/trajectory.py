@@ -70,6 +70,12 @@ class Substeps(eqx.Module):
     def last(self) -> Int[Array, ""]:
         return _last(self.number)
 
+    def split(self, xs: PyTree[Array]) -> PyTree[Array]:
+        """The same, with an axis for the chunks."""
+        n = self.per_chunk
+        # Not with -1, as there may be nothing in it.
+        return jtu.tree_map(lambda x: x.reshape(len(x) // n, n, *x.shape[1:]), xs)
+
     def of_chunk(self, chunk: Int[Array, ""]) -> Int[Array, " per_chunk"]:
         return self.per_chunk * chunk + jnp.arange(self.per_chunk, dtype=jnp.int32)
 
@@ -259,56 +265,50 @@ def _(primals, tangents, *, is_kept, needs_chunks):
     end = values.last.at.ys
 
     def body(carry, index, x):
-        t_start, t_kept, t_last, t_chunk = carry
+        t_start, t_values, t_chunk = carry
         first = substeps.per_chunk * index
         start, rows, at = x
         start = jnp.where(first < substeps.number, start, end)
         solve = lambda chunk, start: chunk(index, start, rows, at, end)
         made, t_rows = eqx.filter_jvp(solve, (chunk, start), (t_chunk, t_start))
         t_rows = with_zeros(t_rows, made)
-        if not substeps.are_all_kept:
+        t_chunks, t_kept, t_last = t_values.chunks, t_values.kept, t_values.last
+        if needs_chunks:
+            t_chunks = t_chunks.at[index].add(t_start)
+        if substeps.are_all_kept:
+            place = index
+        else:
             place = substeps.places(substeps.of_chunk(index))
-            # That is, `set`, the transpose of which would have to copy.
-            t_kept = jtu.tree_map(
-                lambda x, t: x.at[place].add(t, mode="drop", unique_indices=True),
-                *(t_kept, t_rows),
-            )
+        # That is, `set`, the transpose of which would have to copy.
+        t_kept = jtu.tree_map(
+            lambda x, t: x.at[place].add(t, mode="drop", unique_indices=True),
+            *(t_kept, t_rows),
+        )
         here = jnp.clip(substeps.last - first, 0, substeps.per_chunk - 1)
         is_here = first + here == substeps.last
         t_last = jtu.tree_map(
             lambda x, t: jnp.where(is_here, at_index(t, here), x), t_last, t_rows
         )
-        out = (
-            t_start if needs_chunks else None,
-            t_rows if substeps.are_all_kept else None,
-        )
         t_end = at_index(t_rows.at.ys, substeps.per_chunk - 1)
-        return (t_end, t_kept, t_last, t_chunk), out
+        return t_end, Values(t_chunks, t_kept, t_last), t_chunk
 
     zeros = lambda x: jtu.tree_map(jnp.zeros_like, x)
-    t_y0, t_last = with_zeros(t_y0, y0), zeros(values.last)
+    t_y0, t_kept, t_last = with_zeros(t_y0, y0), zeros(values.kept), zeros(values.last)
+    if substeps.are_all_kept:
+        t_kept = substeps.split(t_kept)
     # If there is no substep at all.
     t_last = eqx.tree_at(lambda r: (r.starts, r.at.ys), t_last, (t_y0, t_y0))
+    t_values = Values(zeros(values.chunks) if needs_chunks else None, t_kept, t_last)
     num_used = -(-substeps.number // substeps.per_chunk)
-    if substeps.are_all_kept:
-        # These are put together afterwards. In the carry, all of them would be copied
-        # wherever a chunk is skipped.
-        some = lambda x: jnp.zeros((substeps.per_chunk, *x.shape[1:]), x.dtype)
-        t_kept, t_some = None, jtu.tree_map(some, values.kept)
-    else:
-        t_kept, t_some = zeros(values.kept), None
-    # Also what never changes. If that were a constant of the scan, then its cotangent
+    # Also what never changes. If that were a constant of the loop, then its cotangent
     # would be added up over all chunks, rather than over those that are used.
-    carry = t_y0, t_kept, t_last, t_chunk
+    carry = t_y0, t_values, t_chunk
     xs = _of_chunks(values, rows, substeps, is_kept)
-    like = t_y0 if needs_chunks else None, t_some
-    carry, (t_chunks, t_all) = scan_used(body, carry, xs, num_used, like)
-    _, t_kept, t_last, _ = carry
-    if substeps.are_all_kept:
-        t_kept = jtu.tree_map(_join, t_all)
+    _, t_values, _ = linear_loop(body, carry, xs, num_used)
     if not needs_chunks:
         values = _without_chunks(values)
-    return values, Values(t_chunks, t_kept, t_last)
+    join = lambda t, x: t.reshape(x.shape)
+    return values, jtu.tree_map(join, t_values, values)
 
 
 def _without_chunks(values: Values) -> Values:
@@ -317,11 +317,63 @@ def _without_chunks(values: Values) -> Values:
 
 def _of_chunks(values: Values, rows: PyTree[Array], substeps: Substeps, is_kept: bool):
     """What of the values each of the chunks is found from."""
-    assert values.chunks is not None
-    number = len(values.chunks)
-    split = lambda x: x.reshape(number, substeps.per_chunk, *x.shape[1:])
-    at = jtu.tree_map(split, values.kept.at) if is_kept else None
-    return values.chunks, rows, at
+    return values.chunks, rows, substeps.split(values.kept.at) if is_kept else None
+
+
+def linear_loop(
+    body: Callable,
+    carry: PyTree[Array],
+    xs: PyTree[Array],
+    num_used: Int[Array, ""],
+) -> PyTree[Array]:
+    """As `lax.scan` without outputs, of a body that also gets the index, but only over
+    the first `num_used`. The body must be linear in the carry.
+
+    It can be differentiated like any scan. Its transpose is the same loop backwards, of
+    the transposes of the body: nothing is stored for it.
+    """
+    if _length(xs) == 1:
+        # Then this is no loop at all.
+        return scan_used(body, carry, xs, num_used)
+    # In a batch, all go on until the last one is done.
+    num_used = eqxi.unvmap_max(num_used)
+    step = lambda carry, index: body(carry, index, jtu.tree_map(lambda x: x[index], xs))
+
+    def forwards(carry):
+        return lax.fori_loop(0, num_used, lambda i, carry: step(carry, i), carry)
+
+    def backwards(carry):
+        def undo(i, carry):
+            index = num_used - 1 - i
+            transpose = jax.linear_transpose(lambda carry: step(carry, index), carry)
+            [carry] = transpose(carry)
+            return carry
+
+        return lax.fori_loop(0, num_used, undo, carry)
+
+    # JAX asks for a linear system, of which these loops are the solutions: `x = carry`
+    # and `y - loop(x) = 0`. What it consists of only serves for higher derivatives.
+    add, subtract = (ft.partial(jtu.tree_map, op) for op in (jnp.add, jnp.subtract))
+
+    def system(z):
+        x, y = _tied(z)
+        return _tied((x, subtract(y, scan_used(body, x, xs, num_used))))
+
+    _, carry = lax.custom_linear_solve(
+        system,
+        _tied((carry, jtu.tree_map(jnp.zeros_like, carry))),
+        solve=lambda _, z: (z[0], add(z[1], forwards(z[0]))),
+        transpose_solve=lambda _, z: (add(z[0], backwards(z[1])), z[1]),
+    )
+    return carry
+
+
+def _tied(xs: PyTree[Array]) -> PyTree[Array]:
+    """The same, if each of them seems to depend on all others. JAX does not transpose a
+    linear system unless all of its right-hand side depends on what is differentiated.
+    """
+    total = ft.reduce(jnp.add, [jnp.sum(x) for x in jtu.tree_leaves(xs)])
+    return jtu.tree_map(lambda x: jnp.where(False, total.astype(x.dtype), x), xs)
 
 
 def scan_used(
@@ -329,17 +381,9 @@ def scan_used(
     carry: PyTree[Array],
     xs: PyTree[Array],
     num_used: Int[Array, ""],
-    like: PyTree[Array],
-) -> tuple[PyTree[Array], PyTree[Array]]:
-    """As `lax.scan`, of a body that also gets the index, but only the first `num_used`
-    do anything. What the others put out is zero, and `like` that of one of them.
-
-    It can be differentiated, in forward and in reverse mode, like any scan, for which
-    reason it is no `while` loop. Nothing is stored for that: what is needed is made
-    again.
-    """
-    # In a batch, `lax.cond` would otherwise evaluate both of its branches.
-    num_used = eqxi.unvmap_max(num_used)
+) -> PyTree[Array]:
+    """The same as a scan, which is slower, but no `while` loop, so that JAX can
+    differentiate it. Nothing is stored for that: what is needed is made again."""
     # Around the `lax.cond`: what one of its branches stores, the other one has to fill
     # with zeros.
     remake = ft.partial(jax.checkpoint, prevent_cse=False)
@@ -356,8 +400,6 @@ def scan_used(
         while part * _BASE < size:
             part *= _BASE
         number = -(-size // part)
-        zeros = lambda x: jnp.zeros(x.shape if part == 1 else (part, *x.shape), x.dtype)
-        skip = lambda carry: (carry, jtu.tree_map(zeros, like))
 
         @remake
         def one(carry, first):
@@ -366,19 +408,14 @@ def scan_used(
             cut = lambda x: lax.dynamic_slice_in_dim(x, start, part)
             some = jtu.tree_map(cut, xs)
             do = lambda carry: make(carry, first, some, offset + start)
-            return lax.cond(first < num_used, do, skip, carry)
+            return lax.cond(first < num_used, do, lambda carry: carry, carry), None
 
         firsts = first + part * jnp.arange(number, dtype=jnp.int32)
-        carry, out = lax.scan(one, carry, firsts)
-        if part > 1:
-            out = jtu.tree_map(_join, out)
-        return carry, out
+        carry, _ = lax.scan(one, carry, firsts)
+        return carry
 
-    first, length = jnp.array(0, jnp.int32), _length(xs)
-    carry, out = make(carry, first, xs, first)
-    if length == 1:
-        out = jtu.tree_map(lambda x: x[None], out)
-    return carry, jtu.tree_map(lambda x: x[:length], out)
+    first = jnp.array(0, jnp.int32)
+    return make(carry, first, xs, first)
 
 
 def _last(number: Int[Array, ""]) -> Int[Array, ""]:
@@ -387,11 +424,6 @@ def _last(number: Int[Array, ""]) -> Int[Array, ""]:
 
 def _length(xs: PyTree[Array]) -> int:
     return len(jtu.tree_leaves(xs)[0])
-
-
-def _join(x: Array) -> Array:
-    # Not with -1, as there may be nothing in it.
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 class Points(eqx.Module):
