@@ -22,7 +22,8 @@ def tables(file: Path) -> str:
     content = json.loads(file.read_text())
     env, rows = content["env"], content["rows"]
     versions = ", ".join(f"{name} {value}" for name, value in env.items())
-    lines = [f"Measured on: {versions}.", ""]
+    is_counted = any("waits" in row for row in rows)
+    lines = [f"{'Compiled' if is_counted else 'Measured'} on: {versions}.", ""]
     for name, reason in content.get("missing", {}).items():
         absent = "ModuleNotFoundError" in reason
         why = "it was not installed" if absent else f"`{reason}`"
@@ -43,6 +44,9 @@ def tables(file: Path) -> str:
         rows = []
     if any("required" in row for row in rows):
         lines += [_grid_summary(content["summary"]), "", _grids(rows), ""]
+        rows = []
+    if is_counted:
+        lines += [_kernels(rows), ""]
         rows = []
     recurrences = [row for row in rows if "iterations" in row]
     if len(recurrences) > 0:
@@ -269,6 +273,26 @@ def _sdes(rows: list[dict[str, Any]]) -> str:
             line.append(f"{some[contender]['median_ms']:.3g} ms")
             times = (1 / some[name]["time_ratio"] for name in others)
             line += [f"{x:.2g} times as fast" for x in times]
+        cells.append(line)
+    return _markdown(header, cells)
+
+
+def _kernels(rows: list[dict[str, Any]]) -> str:
+    """How many kernels each loop launches, and how often the host waits there."""
+    header = ["", "", "value: a step or window", "... within it"]
+    header += ["gradient: a step or chunk backwards", "... within it"]
+    cells = []
+    for key in dict.fromkeys((row["task"], row["name"]) for row in rows):
+        of_call = [row for row in rows if (row["task"], row["name"]) == key]
+        line = [*key]
+        for what, loop in (("value", "a step"), ("gradient", "backwards")):
+            # Forwards, a gradient does the same, and stores it.
+            loops = [row for row in of_call if row["what"] == what and "loop" in row]
+            if what == "gradient":
+                index = next(i for i, row in enumerate(loops) if row["loop"] == loop)
+                loops = loops[index:]
+            of = lambda row: f"{row['kernels']} ({row['waits']})"
+            line += [of(loops[0]), ", ".join(map(of, loops[1:])) or "-"]
         cells.append(line)
     return _markdown(header, cells)
 
