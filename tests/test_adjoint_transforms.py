@@ -1,11 +1,14 @@
 """`DeerAdjoint` in batches, in forward mode and more than once."""
 
+from functools import partial
+
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 from diffrax_deer import DeerAdjoint
+from diffrax_deer._adjoint.trajectory import linear_loop
 
 from .helpers import deer, diffeqsolve, max_error, problem, SaveAt, weighted_sum
 
@@ -16,6 +19,48 @@ adaptive = diffrax.PIDController(rtol=1e-2, atol=1e-4)
 euler = diffrax.Euler()
 heun = diffrax.Heun()
 in_groups = DeerAdjoint(max_window_points=4)
+
+
+@pytest.mark.parametrize(
+    "outer,inner",
+    (
+        (jax.jacrev, jax.jacrev),
+        (jax.jacfwd, jax.jacrev),
+        (jax.jacfwd, jax.jacfwd),
+        (jax.jacrev, jax.jacfwd),
+    ),
+)
+def test_linear_loop(outer, inner):
+    xs, numbers = jnp.linspace(0.1, 0.9, 7), jnp.array([0, 2, 7])
+
+    def body(weights, number, carry, index, x):
+        # Others in a batch may go on for longer.
+        y, total = carry
+        new = jnp.stack([jnp.sin(weights[0] * x) * y[1], weights[1] * y[0] - y[1]])
+        y = jnp.where(index < number, new, y)
+        return y, total.at[index].add(jnp.where(index < number, y, 0))
+
+    def loop(weights, y, number):
+        carry = y, jnp.zeros((7, 2))
+        return linear_loop(partial(body, weights, number), carry, xs, number)[1]
+
+    def scan(weights, y, number):
+        step = lambda carry, inputs: (body(weights, number, carry, *inputs), None)
+        carry = y, jnp.zeros((7, 2))
+        return jax.lax.scan(step, carry, (jnp.arange(7), xs))[0][1]
+
+    def second(fn):
+        # What is differentiated, too, is only a part of what it is linear in.
+        weighted = lambda x, number: weighted_sum(jnp.exp(fn(x[:2], x[1:], number)))
+        return jax.vmap(outer(inner(weighted)), in_axes=(None, 0))
+
+    x = jnp.array([0.3, -0.8, 1.2])
+    actual, expected = (jax.jit(second(fn))(x, numbers) for fn in (loop, scan))
+    assert jnp.abs(expected[1:]).min() > 1e-3
+    assert max_error(actual, expected) < 1e-12
+    fn = jax.jit(jax.vmap(loop, in_axes=(None, None, 0)))
+    expected = jax.vmap(scan, in_axes=(None, None, 0))(x[:2], x[1:], numbers)
+    assert max_error(fn(x[:2], x[1:], numbers), expected) < 1e-14
 
 
 # A smaller problem, for what takes long to compile.

@@ -304,7 +304,10 @@ def _(primals, tangents, *, is_kept, needs_chunks):
     # would be added up over all chunks, rather than over those that are used.
     carry = t_y0, t_values, t_chunk
     xs = _of_chunks(values, rows, substeps, is_kept)
-    _, t_values, _ = linear_loop(body, carry, xs, num_used)
+    # Wherever a scan skips something, it has to copy its carry. If that is little then
+    # it is quicker to compile, and for higher derivatives to run.
+    loop = linear_loop if substeps.are_all_kept else scan_used
+    _, t_values, _ = loop(body, carry, xs, num_used)
     if not needs_chunks:
         values = _without_chunks(values)
     join = lambda t, x: t.reshape(x.shape)
@@ -326,12 +329,8 @@ def linear_loop(
     xs: PyTree[Array],
     num_used: Int[Array, ""],
 ) -> PyTree[Array]:
-    """As `lax.scan` without outputs, of a body that also gets the index, but only over
-    the first `num_used`. The body must be linear in the carry.
-
-    It can be differentiated like any scan. Its transpose is the same loop backwards, of
-    the transposes of the body: nothing is stored for it.
-    """
+    """As `scan_used`, of a body that is linear in the carry, but what is not used costs
+    nothing. Its transpose is the same loop backwards, of the transposes of the body."""
     if _length(xs) == 1:
         # Then this is no loop at all.
         return scan_used(body, carry, xs, num_used)
@@ -382,8 +381,15 @@ def scan_used(
     xs: PyTree[Array],
     num_used: Int[Array, ""],
 ) -> PyTree[Array]:
-    """The same as a scan, which is slower, but no `while` loop, so that JAX can
-    differentiate it. Nothing is stored for that: what is needed is made again."""
+    """As `lax.scan` without outputs, of a body that also gets the index, but only the
+    first `num_used` do anything.
+
+    It can be differentiated, in forward and in reverse mode, like any scan, for which
+    reason it is no `while` loop. Nothing is stored for that: what is needed is made
+    again.
+    """
+    # In a batch, `lax.cond` would otherwise evaluate both of its branches.
+    num_used = eqxi.unvmap_max(num_used)
     # Around the `lax.cond`: what one of its branches stores, the other one has to fill
     # with zeros.
     remake = ft.partial(jax.checkpoint, prevent_cse=False)
