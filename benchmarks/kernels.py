@@ -159,16 +159,12 @@ def rows_of(task: str, name: str, solve: Solve, *args: Any) -> list[study.Row]:
 
 def labelled(whole: Loop) -> Iterator[tuple[str, Loop]]:
     """Those loops that most of the time goes to."""
-    for loop in whole.loops:
-        if loop.is_backwards:
-            yield "backwards", loop
-            for inner in loop.loops:
-                yield "... within", inner
-        elif loop.trips is None:
-            yield "a step", loop
-            for inner in loop.loops:
-                if inner.trips is None:
-                    yield "... within", inner
+    is_open = lambda loop: loop.trips is None
+    for loop in filter(is_open, whole.loops):
+        label = "backwards" if loop.is_backwards else "a step"
+        yield label, loop
+        for inner in filter(is_open, loop.loops):
+            yield f"{label}, within", inner
 
 
 def compile_for_gpu(fn: Callable, *args: Any) -> Any:

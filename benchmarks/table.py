@@ -285,14 +285,14 @@ def _kernels(rows: list[dict[str, Any]]) -> str:
     for key in dict.fromkeys((row["task"], row["name"]) for row in rows):
         of_call = [row for row in rows if (row["task"], row["name"]) == key]
         line = [*key]
-        for what, loop in (("value", "a step"), ("gradient", "backwards")):
-            # Forwards, a gradient does the same, and stores it.
-            loops = [row for row in of_call if row["what"] == what and "loop" in row]
-            if what == "gradient":
-                index = next(i for i, row in enumerate(loops) if row["loop"] == loop)
-                loops = loops[index:]
-            of = lambda row: f"{row['kernels']} ({row['waits']})"
-            line += [of(loops[0]), ", ".join(map(of, loops[1:])) or "-"]
+        # Forwards, a gradient does the same as a value, and stores it.
+        for what, label in (("value", "a step"), ("gradient", "backwards")):
+            outer, *inner = (
+                f"{row['kernels']} ({row['waits']})"
+                for row in of_call
+                if row["what"] == what and row.get("loop", "").startswith(label)
+            )
+            line += [outer, ", ".join(inner) or "-"]
         cells.append(line)
     return _markdown(header, cells)
 

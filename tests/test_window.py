@@ -330,8 +330,11 @@ def test_large_implicit_systems(solver):
 
     system = eqx.filter_eval_shape(eliminate, at)
     assert not system.is_exact
-    memory = sum(x.size for x in jtu.tree_leaves(system.inverses))
-    assert memory < 3 * solver.stages * substeps * size**2
+    total = lambda tree: sum(x.size for x in jtu.tree_leaves(tree))
+    # `A` is a sum of `A_stages`, so that room for these is needed in any case.
+    memory = total(system) - total(system.A_stages)
+    assert memory < 4.5 * solver.stages * substeps * size**2
+    assert total(system.inverses) < 3 * solver.stages * substeps * size**2
     b, start = _random(at, 2), jr.normal(jr.key(3), (size,))
 
     def solve_and_moved(start, b):
