@@ -1,4 +1,5 @@
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any
@@ -40,7 +41,7 @@ from ._custom_types import (
 )
 from ._error import accumulated_error, error_by_halving
 from ._grid import AbstractGrid, UniformGrid
-from ._guess import AbstractGuess, AutoGuess, ConstantGuess
+from ._guess import AbstractGuess, AutoGuess
 from ._implicit import with_derivative, without_gradient
 from ._iterate import Iteration, JointSolution, known_solution
 from ._method import AbstractMethod, DEER
@@ -242,13 +243,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
         del made_jump
-        check_state(y0, "y0")
-        solved = self.solve_window(terms, t0, t1, y0, args, solver_state)
-        state = solved.state
-        dense_info: DenseInfo = dict(dense_infos=solved.dense_infos)
-        if state.fractions is not None:
-            dense_info["fractions"] = state.fractions
-        return solved.y1, solved.y_error, dense_info, state, solved.result
+        return _step(self, terms, t0, t1, y0, args, solver_state)
 
     def solve_window(
         self,
@@ -337,8 +332,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         if not problem.scheme.split.is_trivial:
             # What is not read, the iteration has not seen.
             is_new = (result == RESULTS.successful) & jnp.invert(is_finite(whole.y1))
-            nonfinite = RESULTS.promote(optx.RESULTS.nonfinite)
-            result = RESULTS.where(is_new, nonfinite, result)
+            result = RESULTS.where(is_new, RESULTS.nonfinite, result)
         okay = result == RESULTS.successful
 
         # Step size controllers divide the error by the solution, which so has to be
@@ -393,8 +387,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
     ) -> tuple[Iterate, IntScalarLike]:
         if self.guess.is_solution(problem):
             # Anything will do.
-            at, _ = ConstantGuess()(problem, None)
-            return at, jnp.array(0, jnp.int32)
+            return problem.window.zeros(problem.substeps), jnp.array(0, jnp.int32)
         return self.first_guess(problem, solver_state)
 
     def first_guess(
@@ -443,14 +436,13 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         return isinstance(self.solver, AbstractCollocation) and self.substeps % 2 == 0
 
     def _check_guess(self, guess, problem):
-        window = problem.window
-        shape = (problem.substeps, window.y0.size)
-        expected = window.interpolated(jnp.zeros(shape, window.y0.dtype))
+        expected = jax.eval_shape(lambda: problem.window.zeros(problem.substeps))
         form = lambda x: jtu.tree_map(lambda x: (jnp.shape(x), jnp.result_type(x)), x)
         if not isinstance(guess, Iterate) or form(guess) != form(expected):
             raise ValueError(
                 "`DeerSolver(guess=...)` must return what `window.interpolated` does "
-                f"for values of shape {shape}, but `{type(self.guess).__name__}` does "
+                f"for values of shape {expected.ys.shape}, but "
+                f"`{type(self.guess).__name__}` does "
                 f"not. Expected\n{expected}\nbut got\n{guess}"
             )
 
@@ -480,6 +472,27 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             f"the form\n{expected}\n"
             f"but got the state\n{solver_state}"
         )
+
+
+# Diffrax traces a step three or four times, of which one is enough. In what is compiled
+# there is nothing to be seen of it.
+@ft.partial(eqx.filter_jit, inline=True)
+def _step(
+    solver: DeerSolver,
+    terms: Terms,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    y0: Y,
+    args: Args,
+    solver_state: DeerState,
+) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
+    check_state(y0, "y0")
+    solved = solver.solve_window(terms, t0, t1, y0, args, solver_state)
+    state = solved.state
+    dense_info: DenseInfo = dict(dense_infos=solved.dense_infos)
+    if state.fractions is not None:
+        dense_info["fractions"] = state.fractions
+    return solved.y1, solved.y_error, dense_info, state, solved.result
 
 
 class SolvedWindow(eqx.Module):

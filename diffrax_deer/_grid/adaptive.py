@@ -162,10 +162,8 @@ class AdaptiveGrid(AbstractGrid):
                 moves=moves,
             )
 
-        window, number = problem.window, problem.substeps
-        ys = jnp.zeros((number, window.y0.size), window.y0.dtype)
-        ks = jnp.zeros((number, *window.stages, window.y0.size), ys.dtype)
-        nothing = JointSolution(Iterate(ys, ks), zero, zero, RESULTS.successful)
+        at = problem.window.zeros(problem.substeps)
+        nothing = JointSolution(at, zero, zero, RESULTS.successful)
         fractions = problem.fractions
         # A loop, in which the solve is compiled only once.
         state = lax.while_loop(

@@ -7,7 +7,6 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import optimistix as optx
 from diffrax import RESULTS
 from jaxtyping import Array, Bool, Float, Int
 
@@ -42,14 +41,13 @@ def known_solution(at: Iterate, span: IntScalarLike) -> JointSolution:
     """The solution if it has been found otherwise, as one iteration."""
     # What follows from something that is not finite is not finite.
     okay = is_finite(at.ys[-1])
-    nonfinite = RESULTS.promote(optx.RESULTS.nonfinite)
     # Not as constants, of which JAX may make arrays of NumPy.
     one, span = (jnp.where(okay, n, n).astype(jnp.int32) for n in (1, span))
     return JointSolution(
         at=at,
         num_iterations=one,
         span=span,
-        result=RESULTS.where(okay, RESULTS.successful, nonfinite),
+        result=RESULTS.where(okay, RESULTS.successful, RESULTS.nonfinite),
     )
 
 
@@ -93,13 +91,8 @@ class Iteration(eqx.Module):
 
     def solution(self, state: State) -> JointSolution:
         """What it has led to, if it ends here."""
-        result = RESULTS.promote(
-            optx.RESULTS.where(
-                state.finite,
-                optx.RESULTS.nonlinear_max_steps_reached,
-                optx.RESULTS.nonfinite,
-            )
-        )
+        too_many = RESULTS.nonlinear_max_steps_reached
+        result = RESULTS.where(state.finite, too_many, RESULTS.nonfinite)
         result = RESULTS.where(state.converged, RESULTS.successful, result)
         return JointSolution(state.at, state.num_iterations, state.span, result)
 

@@ -152,6 +152,11 @@ class AbstractWindow(eqx.Module):
         anything may be missing. What follows from it may also be given, as `b`.
         """
 
+    def zeros(self, substeps: int) -> Iterate:
+        """What the unknowns look like."""
+        ys = jnp.zeros((substeps, self.y0.size), self.y0.dtype)
+        return Iterate(ys, jnp.zeros((substeps, *self.stages, self.y0.size), ys.dtype))
+
     @property
     def core(self) -> "AbstractWindow":
         """All that does not depend on the substep."""
