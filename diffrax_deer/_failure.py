@@ -8,7 +8,14 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from diffrax import RESULTS
 from jaxtyping import Array, Bool
+
+
+# Inherited, which type checkers take for another class. (And to promote one of
+# Optimistix's takes longer than to trace an iteration.)
+NONFINITE: Any = RESULTS.nonfinite
+TOO_MANY_ITERATIONS: Any = RESULTS.nonlinear_max_steps_reached
 
 
 def error_if_any(token: Any, errors: list[tuple[Bool[Array, ""], str]]) -> Any:

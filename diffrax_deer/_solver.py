@@ -1,5 +1,4 @@
 import dataclasses
-import functools as ft
 from collections.abc import Callable
 from dataclasses import KW_ONLY
 from typing import Any
@@ -40,6 +39,7 @@ from ._custom_types import (
     Y,
 )
 from ._error import accumulated_error, error_by_halving
+from ._failure import NONFINITE
 from ._grid import AbstractGrid, UniformGrid
 from ._guess import AbstractGuess, AutoGuess
 from ._implicit import with_derivative, without_gradient
@@ -332,7 +332,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         if not problem.scheme.split.is_trivial:
             # What is not read, the iteration has not seen.
             is_new = (result == RESULTS.successful) & jnp.invert(is_finite(whole.y1))
-            result = RESULTS.where(is_new, RESULTS.nonfinite, result)
+            result = RESULTS.where(is_new, NONFINITE, result)
         okay = result == RESULTS.successful
 
         # Step size controllers divide the error by the solution, which so has to be
@@ -476,7 +476,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
 # Diffrax traces a step three or four times, of which one is enough. In what is compiled
 # there is nothing to be seen of it.
-@ft.partial(eqx.filter_jit, inline=True)
+@eqx.filter_jit(inline=True)  # pyright: ignore
 def _step(
     solver: DeerSolver,
     terms: Terms,

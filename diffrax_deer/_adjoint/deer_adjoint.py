@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 from .._checks import check_one_step_solver, check_positive_int, check_state
 from .._custom_types import Args, RealScalarLike, Terms
-from .._failure import error_if_any
+from .._failure import error_if_any, NONFINITE, TOO_MANY_ITERATIONS
 from .._grid import AdaptiveGrid
 from .._implicit import is_sequential, share_read, without_gradient
 from .._solver import DeerSolver
@@ -70,8 +70,8 @@ class DeerAdjoint(AbstractAdjoint):
     steps, in which it only keeps the trajectory. What is asked for follows from that:
 
     - **Saving.** All of `SaveAt(ts=...)` is interpolated in one batch. (Diffrax itself
-        saves these points one after the other. On a CPU, with an explicit sequential
-        solver, this saves them on the way, too, but many of them up to 32 at a time.)
+        saves these points one after the other. On a CPU, with a sequential solver, this
+        saves them on the way, too, but many of them up to 32 at a time.)
         The functions of `SaveAt(fn=...)` are batched with `jax.vmap`.
     - **Derivatives** are those of the discretised equation, as with
         `diffrax.RecursiveCheckpointAdjoint`. They are given by the implicit function
@@ -243,7 +243,7 @@ class DeerAdjoint(AbstractAdjoint):
         substeps = Substeps(
             _num_substeps(stepper, recording, num_steps),
             recording.kept,
-            layout.ts is None,
+            layout.keeps_all,
             layout.chunk,
         )
         grid = Grid(times, recording.fractions, stepper.substeps)
@@ -319,11 +319,9 @@ class DeerAdjoint(AbstractAdjoint):
     ) -> Layout:
         # Only what is asked for is kept, unless that is everything.
         subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
-        is_all = is_kept or saveat.dense or any(sub.steps > 0 for sub in subs)
+        keeps_all = is_kept or saveat.dense or any(sub.steps > 0 for sub in subs)
         ts = [sub.ts for sub in subs if sub.ts is not None]
-        if is_all:
-            ts = None
-        elif len(ts) == 0:
+        if len(ts) == 0 or jax.default_backend() != "cpu":
             ts = jnp.zeros(0)
         else:
             ts = ts[0] if len(ts) == 1 else jnp.sort(jnp.concatenate(ts))
@@ -335,7 +333,7 @@ class DeerAdjoint(AbstractAdjoint):
         if max_windows is None:
             parts, stages = scheme.stage_shape
             bytes_per_substep = max(y0.size * y0.dtype.itemsize, 1)
-            if is_all:
+            if keeps_all:
                 bytes_per_substep *= 2 + parts * stages
             max_substeps = max(_MAX_BYTES // bytes_per_substep, _MIN_SUBSTEPS)
             max_windows = max(max_substeps // stepper.size, 1)
@@ -343,7 +341,7 @@ class DeerAdjoint(AbstractAdjoint):
         if max_steps is not None:
             max_windows = min(max_windows, -(-max_steps // stepper.steps))
         chunk = stepper.chunk(scheme, max_windows)
-        return Layout(max_windows, stepper.size, chunk, ts)
+        return Layout(max_windows, stepper.size, chunk, keeps_all, ts)
 
 
 DeerAdjoint.__init__.__doc__ = """**Arguments:**
@@ -407,14 +405,14 @@ def _error_if_failed(
         limit = "all" if max_iters is None else f"`max_iters={max_iters}`"
         errors += [
             (
-                result == RESULTS.nonlinear_max_steps_reached,
+                result == TOO_MANY_ITERATIONS,
                 f"A window of `DeerSolver`, of {layout.window_size} substeps, has not "
                 f"converged within {limit} iterations. Use shorter windows (a smaller "
                 "`dt0`, with as many fewer `substeps`), or an adaptive step size "
                 f"controller, which finds out how long they may be. {_DIAGNOSE}",
             ),
             (
-                result == RESULTS.nonfinite,
+                result == NONFINITE,
                 f"A window of `DeerSolver`, of {layout.window_size} substeps, has got "
                 "nonfinite values (inf or NaN). Either the vector field returns them, "
                 "or the solution does not exist for as long, or the wrapped solver is "

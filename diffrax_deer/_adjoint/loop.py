@@ -43,14 +43,16 @@ class Layout(eqx.Module):
 
     - `max_windows`: that is, windows that were accepted.
     - `chunk`: how many substeps are differentiated at once.
-    - `ts`: at which times the solution will be asked for, in order. If `None` then at
-        any.
+    - `keeps_all`: whether all substeps are kept, or only those that are asked for.
+    - `ts`: at which times the solution is asked for, in order. None of them if there is
+        nothing to be done about it on the way.
     """
 
     max_windows: int = eqx.field(static=True)
     window_size: int = eqx.field(static=True)
     chunk: int = eqx.field(static=True)
-    ts: Real[Array, " points"] | None
+    keeps_all: bool = eqx.field(static=True)
+    ts: Real[Array, " points"]
 
     @property
     def max_substeps(self) -> int:
@@ -62,7 +64,7 @@ class Layout(eqx.Module):
 
     @property
     def max_kept(self) -> int:
-        if self.ts is None:
+        if self.keeps_all:
             return self.max_chunks * self.chunk
         else:
             # At least one, as arrays of none take special care.
@@ -321,7 +323,7 @@ def _nothing(layout, scheme, init_state, stepper) -> Recording:
         fractions = jnp.zeros((layout.max_windows, layout.window_size + 1), t.dtype)
     rows = lambda *shape: jnp.zeros((*shape, y.size), y.dtype)
     kept, stages = layout.max_kept, scheme.stage_shape
-    if layout.ts is None or len(layout.ts) == 0 or not stepper.is_sequential:
+    if len(layout.ts) == 0 or not stepper.is_sequential:
         points = None
     else:
         per_row = _saved_at_once(len(layout.ts), y.size)
@@ -373,7 +375,9 @@ def _keep(
     rows, values = Rows(starts, made.at), recording.values
     num_kept, num_points = recording.num_kept, recording.num_points
     points = recording.points
-    if layout.ts is None:
+    if points is not None:
+        points = _save_points(points, is_good, scheme, made)
+    if layout.keeps_all:
         # Of a single window there is no place to be looked for.
         index = slice(None) if layout.max_windows == 1 else of_all
     elif len(layout.ts) == 0:
@@ -383,7 +387,6 @@ def _keep(
         if points is None:
             ends = jax.vmap(ft.partial(_count, layout.ts))(made.t1s)
         else:
-            points = _save_points(points, is_good, scheme, made)
             ends = points.number[None]
         is_kept = jnp.diff(ends, prepend=num_points) > 0
         index = num_kept + jnp.cumsum(is_kept, dtype=jnp.int32) - 1

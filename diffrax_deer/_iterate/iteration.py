@@ -11,6 +11,7 @@ from diffrax import RESULTS
 from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import IntScalarLike, PyTree, RealScalarLike
+from .._failure import NONFINITE, TOO_MANY_ITERATIONS
 from .._linear_algebra import Matrices, matvec
 from .._method import AbstractMethod
 from .._scan import AbstractScan, whole_scan
@@ -47,7 +48,7 @@ def known_solution(at: Iterate, span: IntScalarLike) -> JointSolution:
         at=at,
         num_iterations=one,
         span=span,
-        result=RESULTS.where(okay, RESULTS.successful, RESULTS.nonfinite),
+        result=RESULTS.where(okay, RESULTS.successful, NONFINITE),
     )
 
 
@@ -91,8 +92,7 @@ class Iteration(eqx.Module):
 
     def solution(self, state: State) -> JointSolution:
         """What it has led to, if it ends here."""
-        too_many = RESULTS.nonlinear_max_steps_reached
-        result = RESULTS.where(state.finite, too_many, RESULTS.nonfinite)
+        result = RESULTS.where(state.finite, TOO_MANY_ITERATIONS, NONFINITE)
         result = RESULTS.where(state.converged, RESULTS.successful, result)
         return JointSolution(state.at, state.num_iterations, state.span, result)
 
