@@ -69,3 +69,24 @@ def test_only_the_end_of_a_window(size):
     compiled: Any = jax.jit(end).lower(y0).compile()
     number = compiled.memory_analysis().temp_size_in_bytes / 8 - 4 * substeps
     assert number < substeps * size / 4
+
+
+@pytest.mark.parametrize("solver", (diffrax.Tsit5(), diffrax.Kvaerno3()))
+def test_values_of_sequential_solvers(solver):
+    # Nothing is kept of the steps but what is asked for.
+    max_steps = 4096
+
+    def values(y0):
+        return diffrax.diffeqsolve(
+            ODETerm(lambda t, y, args: -jnp.sin(y)),
+            solver,
+            *(0.0, 1.0, None, y0),
+            saveat=diffrax.SaveAt(ts=jnp.linspace(0, 1, 5)),
+            stepsize_controller=diffrax.PIDController(rtol=1e-4, atol=1e-4),
+            adjoint=DeerAdjoint(),
+            max_steps=max_steps,
+        ).ys
+
+    y0 = jax.ShapeDtypeStruct((2,), jnp.float64)
+    compiled: Any = jax.jit(values).lower(y0).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * max_steps

@@ -10,6 +10,7 @@ import pytest
 from diffrax import ConstantStepSize, ODETerm, PIDController
 from diffrax_deer import (
     AssociativeScan,
+    AutoGuess,
     ConstantGuess,
     DEER,
     DeerSolver,
@@ -289,3 +290,28 @@ def test_order_of_convergence(solver, order):
     slope, _ = np.polyfit(log_steps, log_errors, 1)
     assert abs(slope - order) < 0.4
     assert DeerSolver(solver).order(term) == solver.order(term)
+
+
+@pytest.mark.parametrize("guess", (AutoGuess(), ConstantGuess()))
+@pytest.mark.parametrize("solver", (diffrax.Tsit5(), diffrax.Kvaerno3()))
+def test_how_often_it_is_traced(solver, guess):
+    # No more often than by the wrapped solver.
+    def count(solver):
+        number = 0
+
+        def vector_field(t, y, args):
+            nonlocal number
+            number += 1
+            return -y
+
+        def solve(y0):
+            controller = PIDController(rtol=1e-3, atol=1e-3)
+            return diffrax.diffeqsolve(
+                *(ODETerm(vector_field), solver, t0, t1, None, y0),
+                stepsize_controller=controller,
+            ).ys
+
+        jax.eval_shape(solve, jnp.ones(2))
+        return number
+
+    assert count(DeerSolver(solver, guess=guess)) <= count(solver)
