@@ -488,11 +488,7 @@ def _step(
 ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
     check_state(y0, "y0")
     solved = solver.solve_window(terms, t0, t1, y0, args, solver_state)
-    state = solved.state
-    dense_info: DenseInfo = dict(dense_infos=solved.dense_infos)
-    if state.fractions is not None:
-        dense_info["fractions"] = state.fractions
-    return solved.y1, solved.y_error, dense_info, state, solved.result
+    return solved.y1, solved.y_error, solved.dense_info, solved.state, solved.result
 
 
 class SolvedWindow(eqx.Module):
@@ -517,6 +513,14 @@ class SolvedWindow(eqx.Module):
     result: RESULTS
     at: Iterate
     whole: Whole
+
+    @property
+    def dense_info(self) -> DenseInfo:
+        """What Diffrax keeps of it."""
+        dense_info: DenseInfo = dict(dense_infos=self.dense_infos)
+        if self.state.fractions is not None:
+            dense_info["fractions"] = self.state.fractions
+        return dense_info
 
 
 DeerSolver.__init__.__doc__ = """**Arguments:**

@@ -71,8 +71,11 @@ def test_only_the_end_of_a_window(size):
     assert number < substeps * size / 4
 
 
-@pytest.mark.parametrize("solver", (diffrax.Tsit5(), diffrax.Kvaerno3()))
-def test_values_of_sequential_solvers(solver):
+@pytest.mark.parametrize(
+    "solver",
+    (diffrax.Tsit5(), diffrax.Kvaerno3(), DeerSolver(diffrax.Kvaerno3(), 8)),
+)
+def test_values(solver):
     # Nothing is kept of the steps but what is asked for.
     max_steps = 4096
 

@@ -70,8 +70,8 @@ class DeerAdjoint(AbstractAdjoint):
     steps, in which it only keeps the trajectory. What is asked for follows from that:
 
     - **Saving.** All of `SaveAt(ts=...)` is interpolated in one batch. (Diffrax itself
-        saves these points one after the other. On a CPU, with a sequential solver, this
-        saves them on the way, too, but many of them up to 32 at a time.)
+        saves these points one after the other. On a CPU, unless steps are merged, they
+        are saved on the way, too, but many of them up to 32 at a time.)
         The functions of `SaveAt(fn=...)` are batched with `jax.vmap`.
     - **Derivatives** are those of the discretised equation, as with
         `diffrax.RecursiveCheckpointAdjoint`. They are given by the implicit function

@@ -29,7 +29,7 @@ from .times import almost
 from .trajectory import Points, Rows, Values
 
 
-# Of a sequential solver, up to how many points are saved at once, and up to how many
+# On the way, up to how many points are saved at once, and up to how many
 # numbers these are. Never more than there would be in each of so few steps.
 _SAVED_AT_ONCE = 32
 _SAVED_NUMBERS = 2**13
@@ -323,7 +323,7 @@ def _nothing(layout, scheme, init_state, stepper) -> Recording:
         fractions = jnp.zeros((layout.max_windows, layout.window_size + 1), t.dtype)
     rows = lambda *shape: jnp.zeros((*shape, y.size), y.dtype)
     kept, stages = layout.max_kept, scheme.stage_shape
-    if len(layout.ts) == 0 or not stepper.is_sequential:
+    if len(layout.ts) == 0 or stepper.steps > 1:
         points = None
     else:
         per_row = _saved_at_once(len(layout.ts), y.size)
@@ -384,7 +384,7 @@ def _keep(
         index = jnp.full(size, layout.max_kept, jnp.int32)
     else:
         # Which substeps are those that the points lie in.
-        if points is None:
+        if points is None or size > 1:
             ends = jax.vmap(ft.partial(_count, layout.ts))(made.t1s)
         else:
             ends = points.number[None]
@@ -441,13 +441,11 @@ def _saved_at_once(number: int, size: int) -> int:
 
 
 def _save_points(points: Points, is_good, scheme: Scheme, made: Made) -> Points:
-    """Saves all that lie in a step, a row at a time. Where steps are sequential this
-    takes less time than to save all of them in the end, as what they are interpolated
-    from is at hand.
+    """Saves all that lie in a window, a row at a time. On a CPU this takes less time
+    than to save all of them in the end, as what they are interpolated from is at hand.
     """
-    assert made.dense_info is not None
-    t0, t1 = made.t0s[0], made.t1s[0]
-    interpolation = scheme.interpolation(t0, t1, made.dense_info)
+    interpolation, t1 = made.interpolation, made.t1s[-1]
+    assert interpolation is not None
     per_row = points.ys.shape[1]
     padding = (0, math.prod(points.ys.shape[:2]) - len(points.ts))
     ts = jnp.pad(points.ts, padding, constant_values=jnp.inf)

@@ -10,7 +10,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractSolver, RESULTS
+from diffrax import AbstractLocalInterpolation, AbstractSolver, RESULTS
 from equinox import AbstractVar
 from jaxtyping import Array, Int, Real
 
@@ -37,8 +37,8 @@ _KNOWN_CHUNK = 64
 
 class Made(eqx.Module):
     """What an attempt at a window has led to. `fractions` are `None` if all steps of
-    `solver` are divided equally. `dense_info` is that of a window which is a single
-    step, and `None` for all others."""
+    `solver` are divided equally. `interpolation` is that of a window which is a single
+    step of `solver`, and `None` for all others."""
 
     t0s: Real[Array, " size"]
     t1s: Real[Array, " size"]
@@ -50,7 +50,7 @@ class Made(eqx.Module):
     result: RESULTS
     num_iterations: IntScalarLike
     span: IntScalarLike
-    dense_info: dict[str, Any] | None = None
+    interpolation: AbstractLocalInterpolation | None = None
 
 
 class AbstractStepper(eqx.Module):
@@ -117,11 +117,6 @@ class AbstractStepper(eqx.Module):
         return solver_state
 
     @property
-    def is_sequential(self) -> bool:
-        """Whether a window is a single step of the user's solver."""
-        return False
-
-    @property
     def is_uniform(self) -> bool:
         """Whether all steps of `solver` are divided into substeps of equal length."""
         return True
@@ -166,10 +161,6 @@ class AbstractSteps(AbstractStepper):
             chunk = _CHUNK
         return min(chunk, max_windows)
 
-    @property
-    def is_sequential(self) -> bool:
-        return True
-
     def step(self, scheme, terms, t0, t1, y0, solver_state, made_jump) -> Made:
         """By the solver."""
         y1, y_error, dense_info, state, result = self.solver.step(
@@ -189,7 +180,7 @@ class AbstractSteps(AbstractStepper):
                 result,
                 0,
                 scheme.span,
-                dense_info,
+                scheme.interpolation(t0, t1, dense_info),
             )
         )
 
@@ -315,7 +306,8 @@ class Windows(AbstractWindows):
         solved = self.solver.solve_window(
             scheme.terms, t0, t1, y0, scheme.args, solver_state
         )
-        return _made(solved)
+        interpolation = self.solver.interpolation_cls(t0=t0, t1=t1, **solved.dense_info)
+        return _made(solved, interpolation)
 
     @property
     def is_uniform(self) -> bool:
@@ -385,7 +377,9 @@ class MergedWindows(AbstractWindows):
         return new_state, advance(times.controller, times.controller_state, num_steps)
 
 
-def _made(solved: SolvedWindow) -> Made:
+def _made(
+    solved: SolvedWindow, interpolation: AbstractLocalInterpolation | None = None
+) -> Made:
     state = solved.state
     return Made(
         *(
@@ -398,6 +392,7 @@ def _made(solved: SolvedWindow) -> Made:
             state,
         ),
         *(solved.result, state.num_iterations, state.sequential_evaluations),
+        interpolation,
     )
 
 
