@@ -29,8 +29,8 @@ from .times import almost
 from .trajectory import Points, Rows, Values
 
 
-# On the way, up to how many points are saved at once, and up to how many
-# numbers these are. Never more than there would be in each of so few steps.
+# On the way, up to how many points are saved at once, and up to how many numbers these
+# are. Never more than there would be in each of so few steps.
 _SAVED_AT_ONCE = 32
 _SAVED_NUMBERS = 2**13
 _FEW_STEPS = 64
