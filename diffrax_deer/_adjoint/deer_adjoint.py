@@ -358,7 +358,7 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
     other than [`diffrax_deer.DeerSolver`][], this is the number of steps through which
     to backpropagate at once: by default 128, and on a CPU 64 if steps are known in
     advance or the vector field looks things up in long tables, or else as many as have
-    32 stages. By default steps are only merged with `DeerSolver(substeps=1)` and
+    24 stages. By default steps are only merged with `DeerSolver(substeps=1)` and
     without an event, up to 16384 of them, or fewer if their Jacobians would take more
     than 64 MiB, and on a CPU up to 32, or 256 if there is a
     `diffrax.VirtualBrownianTree`.

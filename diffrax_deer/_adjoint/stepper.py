@@ -27,7 +27,7 @@ from .trajectory import Linearisation
 # Of a sequential solver, how many steps are differentiated at once on GPUs, and how
 # many stages there are in these on CPUs.
 _CHUNK = 128
-_STAGES_IN_CHUNK = 32
+_STAGES_IN_CHUNK = 24
 # Of how many steps at known times to evaluate the controls at once.
 _BLOCK = 256
 # ... and how many of these to differentiate at once. If there are more in a chunk then
