@@ -243,6 +243,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         made_jump: BoolScalarLike,
     ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
         del made_jump
+        check_state(y0, "y0")
         return _step(self, terms, t0, t1, y0, args, solver_state)
 
     def solve_window(
@@ -442,8 +443,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             raise ValueError(
                 "`DeerSolver(guess=...)` must return what `window.interpolated` does "
                 f"for values of shape {expected.ys.shape}, but "
-                f"`{type(self.guess).__name__}` does "
-                f"not. Expected\n{expected}\nbut got\n{guess}"
+                f"`{type(self.guess).__name__}` does not. Expected\n{expected}\n"
+                f"but got\n{guess}"
             )
 
     def _zero_trajectory(self, y0, reads):
@@ -478,16 +479,9 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 # there is nothing to be seen of it.
 @eqx.filter_jit(inline=True)  # pyright: ignore
 def _step(
-    solver: DeerSolver,
-    terms: Terms,
-    t0: RealScalarLike,
-    t1: RealScalarLike,
-    y0: Y,
-    args: Args,
-    solver_state: DeerState,
+    solver: DeerSolver, *inputs: Any
 ) -> tuple[Y, Y | None, DenseInfo, DeerState, RESULTS]:
-    check_state(y0, "y0")
-    solved = solver.solve_window(terms, t0, t1, y0, args, solver_state)
+    solved = solver.solve_window(*inputs)
     return solved.y1, solved.y_error, solved.dense_info, solved.state, solved.result
 
 
