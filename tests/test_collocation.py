@@ -27,7 +27,9 @@ from .helpers import (
     problem,
     SaveAt,
     sequential,
+    solver_id,
     van_der_pol,
+    weighted_sum,
 )
 
 
@@ -86,6 +88,25 @@ def test_same_as_sequential(solver):
     assert max_error(sol.ys, ref.ys) < 1e-10
     assert max_error(sol.evaluate(1.2345), ref.evaluate(1.2345)) < 1e-10
     assert max_error(sol.derivative(1.2345), ref.derivative(1.2345)) < 1e-9
+
+
+@pytest.mark.parametrize("solver", (gauss(4), diffrax.Tsit5()), ids=solver_id)
+def test_products_are_precise(solver):
+    # A GPU would round single precision to 10 bits first, unless told otherwise.
+    _, y0, _ = problem(jnp.float32)
+    term = ODETerm(lambda t, y, args: jax.tree_util.tree_map(jnp.sin, y))
+
+    def loss(y0):
+        saveat, adjoint = SaveAt(ts=jnp.linspace(0, 4, 9)), DeerAdjoint()
+        sol = diffeqsolve(
+            *(term, deer(solver, 12), 0, 4, 4, y0), saveat=saveat, adjoint=adjoint
+        )
+        return weighted_sum(sol.ys)
+
+    lines = jax.jit(jax.grad(loss)).lower(y0).as_text().splitlines()
+    products = [line for line in lines if "dot_general" in line]
+    assert len(products) > 0
+    assert all("HIGHEST, HIGHEST" in line for line in products)
 
 
 # That of the others follows from `test_coefficients`.

@@ -15,7 +15,7 @@ from diffrax import (
     RESULTS,
 )
 from equinox import AbstractVar
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from .._custom_types import (
     Args,
@@ -98,14 +98,9 @@ class AbstractCollocation(AbstractImplicitSolver[None], AbstractAdaptiveSolver[N
         control = terms.contr(t0, t1)
         times = t0 + jnp.asarray(c, jnp.result_type(t0)) * (t1 - t0)
 
-        def weighted(weights, k):
-            dtype = jnp.result_type(k)
-            weights = jnp.asarray(weights, dtype)
-            return jnp.tensordot(weights, k, axes=1, precision=lax.Precision.HIGHEST)
-
         def increments(k, args):
             def one(time, weights):
-                y = jtu.tree_map(lambda y, k: y + weighted(weights, k), y0, k)
+                y = jtu.tree_map(lambda y, k: y + _weighted(weights, k), y0, k)
                 return terms.vf_prod(time, y, args, control)
 
             rows = [one(t, row) for t, row in zip(times, A)]
@@ -123,14 +118,14 @@ class AbstractCollocation(AbstractImplicitSolver[None], AbstractAdaptiveSolver[N
             max_steps=self.root_find_max_steps,
         )
         k = solution.value
-        y1 = jtu.tree_map(lambda y, k: y + weighted(b, k), y0, k)
+        y1 = jtu.tree_map(lambda y, k: y + _weighted(b, k), y0, k)
         result = RESULTS.promote(solution.result)
         okay = result == RESULTS.successful
         if self.stages == 1:
             # Which is never a good one.
             okay = False
         y_error = jtu.tree_map(
-            lambda k: jnp.where(okay, weighted(b_error, k), jnp.inf), k
+            lambda k: jnp.where(okay, _weighted(b_error, k), jnp.inf), k
         )
         return y1, y_error, dict(y0=y0, y1=y1, k=k), None, result
 
@@ -154,6 +149,12 @@ class _NoErrorEstimate:
             "`diffrax.ConstantStepSize()`. (Inside of a `DeerSolver` an even number of "
             "`substeps` will do.)"
         )
+
+
+def _weighted(weights: ArrayLike, k: Array) -> Array:
+    """The sum of the stages with these weights, as precise as it can be."""
+    weights = jnp.asarray(weights, k.dtype)
+    return jnp.tensordot(weights, k, axes=1, precision=lax.Precision.HIGHEST)
 
 
 def _weights(nodes: np.ndarray, end: float) -> np.ndarray:
@@ -185,10 +186,8 @@ class CollocationInterpolation(AbstractInterpolation):
         coefficients = inverse / powers[:, None]
 
         def one(y0, k):
-            dtype = jnp.result_type(y0)
-            weights = x.astype(dtype) ** jnp.asarray(powers, dtype)
-            weights = weights @ jnp.asarray(coefficients, dtype)
-            return y0 + jnp.tensordot(weights, k, axes=1)
+            weights = x.astype(k.dtype) ** jnp.asarray(powers, k.dtype)
+            return y0 + _weighted(_weighted(coefficients.T, weights), k)
 
         return jtu.tree_map(one, self.y0, self.k)
 

@@ -55,7 +55,12 @@ class ExtrapolationGuess(AbstractGuess):
             weights = jnp.prod(jnp.where(others[None], factors, 1), axis=-1)
 
             def one(ys):
-                return jnp.tensordot(weights.astype(ys.dtype), ys[index], axes=1)
+                return jnp.tensordot(
+                    weights.astype(ys.dtype),
+                    ys[index],
+                    axes=1,
+                    precision=lax.Precision.HIGHEST,
+                )
 
             ys = problem.ravel_all(jtu.tree_map(one, previous.ys))
             guess = unless_constant_is_better(problem, ys)
