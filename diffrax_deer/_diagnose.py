@@ -40,12 +40,10 @@ from ._solver import DeerSolver
 from ._state import DeerState
 from ._window import (
     AbstractWindow,
-    Discretisation,
     Iterate,
     ravel,
     Split,
     tableau_of,
-    uniform_steps,
 )
 
 
@@ -439,8 +437,9 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
         deer_state, direction = solver_state
         del made_jump
         solver = self.solver
-        ts = uniform_steps(t0, t1, solver.substeps)
-        problem = Discretisation(solver.solver, terms, args, *ts, y0)
+        reads = solver.leaves_read(terms, t0, t1, y0, args)
+        t0s, t1s = solver.equal_substeps(t0, t1)
+        problem = solver.problem(terms, t0s, t1s, y0, args, reads)
         is_sequential = solver.guess.is_solution(problem)
         if is_sequential or not solver.grid.is_uniform:
             solved = solver.solve_window(terms, t0, t1, y0, args, deer_state)
@@ -503,8 +502,8 @@ class _Known(AbstractGuess):
         # It is not that on the coarser grid of an error estimate.
         return problem.substeps == len(self.solution.at.ys)
 
-    def __call__(self, problem, previous):
-        del problem, previous
+    def __call__(self, problem, previous, solve):
+        del problem, previous, solve
         return self.solution.at, self.solution.span + self.span
 
 

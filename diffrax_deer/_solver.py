@@ -258,16 +258,33 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         """On a grid of its own."""
         reads = self.leaves_read(terms, t0, t1, y0, args)
         self.check_solver_state(solver_state, y0, reads)
-        steps = uniform_steps(t0, t1, self.substeps)
-        t0s, t1s = divided(steps, self.sharding)
+        t0s, t1s = self.equal_substeps(t0, t1)
         if solver_state.fractions is not None:
             is_same = (solver_state.t0 == t0) & (solver_state.t1 == t1)
             ts = time_at(t0, t1, solver_state.fractions)
             t0s, t1s = (jnp.where(is_same, *x) for x in ((ts[:-1], t0s), (ts[1:], t1s)))
-        problem = Discretisation(
+        problem = self.problem(terms, t0s, t1s, y0, args, reads)
+        return self._solve(problem, self.grid, solver_state)
+
+    def equal_substeps(
+        self, t0: RealScalarLike, t1: RealScalarLike
+    ) -> tuple[Real[Array, " substeps"], Real[Array, " substeps"]]:
+        """When those of a window begin and end."""
+        return divided(uniform_steps(t0, t1, self.substeps), self.sharding)
+
+    def problem(
+        self,
+        terms: Terms,
+        t0s: Real[Array, " substeps"],
+        t1s: Real[Array, " substeps"],
+        y0: Y,
+        args: Args,
+        reads: tuple[bool, ...],
+    ) -> Discretisation:
+        """What is solved jointly, over any number of substeps."""
+        return Discretisation(
             *(self.solver, terms, args, t0s, t1s, y0, reads, self.sharding)
         )
-        return self._solve(problem, self.grid, solver_state)
 
     def leaves_read(
         self,
@@ -281,10 +298,8 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
         def is_sequential():
             everything = (True,) * len(jtu.tree_leaves(y0))
-            steps = uniform_steps(t0, t1, self.substeps)
-            problem = Discretisation(
-                *(self.solver, terms, args, *steps, y0, everything, self.sharding)
-            )
+            t0s, t1s = self.equal_substeps(t0, t1)
+            problem = self.problem(terms, t0s, t1s, y0, args, everything)
             return self.guess.is_solution(problem)
 
         return leaves_read(self.solver, terms, t0, t1, y0, args, is_sequential)
@@ -299,9 +314,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         reads: tuple[bool, ...],
     ) -> "SolvedWindow":
         """On this grid, which may have any number of substeps."""
-        problem = Discretisation(
-            *(self.solver, terms, args, t0s, t1s, y0, reads, self.sharding)
-        )
+        problem = self.problem(terms, t0s, t1s, y0, args, reads)
         return self._solve(problem, UniformGrid(), None)
 
     def _solve(
@@ -313,7 +326,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         placed = without_gradient(
             lambda: grid.place(
                 problem,
-                lambda problem: self._start(problem, solver_state),
+                lambda problem: self.first_guess(problem, solver_state),
                 self._solve_from,
             )
         )
@@ -372,39 +385,17 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             max_iters=self.max_iters,
         )
 
-    def _solve_from(
-        self, problem: Discretisation, guess: Iterate, max_iters: IntScalarLike | None
-    ) -> JointSolution:
-        if self.guess.is_solution(problem):
-            return known_solution(*self.first_guess(problem, None))
-        iteration = self.iteration(problem)
-        if max_iters is not None:
-            max_iters = jnp.minimum(max_iters, iteration.limit(guess))
-            iteration = dataclasses.replace(iteration, max_iters=max_iters)
-        return iteration.run(guess)
-
-    def _start(
-        self, problem: Discretisation, solver_state: DeerState | None
-    ) -> tuple[Iterate, IntScalarLike]:
-        if self.guess.is_solution(problem):
-            # Anything will do.
-            return problem.window.zeros(problem.substeps), jnp.array(0, jnp.int32)
-        return self.first_guess(problem, solver_state)
-
     def first_guess(
         self, problem: Discretisation, solver_state: DeerState | None
     ) -> tuple[Iterate, IntScalarLike]:
-        """What that begins with, and how many evaluations followed one another."""
+        """What the iteration begins with, and how many evaluations followed one
+        another."""
         window = problem.window
-
-        def cold():
-            guess, span = self.guess(problem, solver_state)
-            self._check_guess(guess, problem)
-            return guess, jnp.asarray(span, jnp.int32)
-
         if self.guess.is_solution(problem):
-            return cold()
-        elif solver_state is None:
+            # Anything will do, as that is asked for when the window is solved.
+            return window.zeros(problem.substeps), jnp.array(0, jnp.int32)
+        cold = lambda: self._guessed(problem, solver_state)
+        if solver_state is None:
             guess, span = cold()
         else:
             t0, t1 = problem.t0s[0], problem.t1s[-1]
@@ -416,6 +407,35 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
 
             guess, span = lax.cond(same_window, warm, cold)
         return window.finite(guess), span
+
+    def _guessed(self, problem, solver_state):
+        guess, span = self.guess(problem, solver_state, self._solve_roughly)
+        self._check_guess(guess, problem)
+        return guess, jnp.asarray(span, jnp.int32)
+
+    def _solve_from(
+        self, problem: Discretisation, guess: Iterate, max_iters: IntScalarLike | None
+    ) -> JointSolution:
+        if self.guess.is_solution(problem):
+            return known_solution(*self._guessed(problem, None))
+        iteration = self.iteration(problem)
+        if max_iters is not None:
+            max_iters = jnp.minimum(max_iters, iteration.limit(guess))
+            iteration = dataclasses.replace(iteration, max_iters=max_iters)
+        return iteration.run(guess)
+
+    def _solve_roughly(
+        self,
+        problem: Discretisation,
+        guess: Iterate,
+        rtol: RealScalarLike,
+        max_iters: IntScalarLike,
+    ) -> JointSolution:
+        """For a guess."""
+        iteration = dataclasses.replace(
+            self.iteration(problem), rtol=rtol, atol=None, max_iters=max_iters
+        )
+        return iteration.run(guess)
 
     def _error(
         self,

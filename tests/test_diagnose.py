@@ -22,7 +22,7 @@ from diffrax_deer import (
     RadauIIA,
 )
 
-from .helpers import diffeqsolve, lorenz, SaveAt, van_der_pol
+from .helpers import diffeqsolve, lorenz, over_time, SaveAt, van_der_pol
 
 
 matplotlib.use("Agg")
@@ -151,6 +151,15 @@ def test_on_a_cpu():
     report = diagnose(term, DeerSolver(tsit5, 64), 0, 5, 5, y0)
     assert report.is_sequential and report.recommended_substeps is None
     assert "nothing was solved jointly" in str(report)
+
+
+def test_sharding():
+    # What is divided over devices is solved jointly, on a CPU as well.
+    solver = DeerSolver(tsit5, 64, sharding=over_time(4))
+    report = diagnose(term, solver, 0, 5, 5, y0)
+    sol = diffeqsolve(term, solver, 0, 5, 5, y0, adjoint=DeerAdjoint())
+    assert not report.is_sequential
+    assert report.num_iterations.sum() == sol.stats["num_iterations"] > 1
 
 
 def test_unstable():

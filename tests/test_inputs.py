@@ -23,6 +23,7 @@ from diffrax_deer import (
     GaussLegendre,
     Jacobi,
     KernelScan,
+    NestedGuess,
     QuasiDEER,
     QuasiELK,
 )
@@ -247,7 +248,16 @@ def test_no_forward_mode(vector_field, method):
 
 
 @pytest.mark.parametrize("vector_field", (_custom_vjp, _callback))
-@pytest.mark.parametrize("solver", (heun, deer(diffrax.Heun(), 8, method=Jacobi())))
+@pytest.mark.parametrize(
+    "solver",
+    (
+        heun,
+        deer(diffrax.Heun(), 8, method=Jacobi()),
+        # Coarser grids are solved in the same way.
+        DeerSolver(diffrax.Heun(), 8, method=Jacobi(), guess=NestedGuess()),
+    ),
+    ids=("sequential", "jacobi", "nested"),
+)
 def test_no_jacobian_is_needed(vector_field, solver):
     y0 = jnp.array([1.0, 0.5])
     ref = _solve(lambda t, y, args: -jnp.sin(y), y0, diffrax.Heun(), dt0=1 / 16).ys

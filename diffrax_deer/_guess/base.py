@@ -1,10 +1,17 @@
 import abc
+from collections.abc import Callable
 
 import equinox as eqx
 
-from .._custom_types import IntScalarLike
+from .._custom_types import IntScalarLike, RealScalarLike
+from .._iterate import JointSolution
 from .._state import DeerState
 from .._window import Discretisation, Iterate
+
+
+Solve = Callable[
+    [Discretisation, Iterate, RealScalarLike, IntScalarLike], JointSolution
+]
 
 
 class AbstractGuess(eqx.Module):
@@ -17,7 +24,7 @@ class AbstractGuess(eqx.Module):
 
         ```python
         class Decaying(AbstractGuess):
-            def __call__(self, problem, previous):
+            def __call__(self, problem, previous, solve):
                 decay = jnp.exp(problem.ts[0] - problem.ts[1:])
                 ys = problem.y0 * decay[:, None]
                 return problem.window.interpolated(problem.ravel_all(ys)), 0
@@ -32,7 +39,7 @@ class AbstractGuess(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, problem: Discretisation, previous: DeerState | None
+        self, problem: Discretisation, previous: DeerState | None, solve: Solve
     ) -> tuple[Iterate, IntScalarLike]:
         """Guess a trajectory.
 
@@ -44,6 +51,9 @@ class AbstractGuess(eqx.Module):
         - `previous`: the window before this one, the times of which are NaN if there is
             none. With an `AdaptiveGrid`, `previous.fractions` are when its substeps
             begin and end. `None` if `DeerAdjoint` has merged steps.
+        - `solve`: a function `(problem, guess, rtol, max_iters) -> solution`, which
+            solves another problem (on a coarser grid, say) jointly, as the `DeerSolver`
+            does, up to this tolerance, and in no more than so many iterations.
 
         **Returns:**
 

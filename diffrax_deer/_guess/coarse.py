@@ -8,7 +8,7 @@ from .._custom_types import IntScalarLike
 from .._state import DeerState
 from .._window import Discretisation, Iterate
 from ._coarse_grid import coarse_grid, unless_constant_is_better
-from .base import AbstractGuess
+from .base import AbstractGuess, Solve
 
 
 class CoarseGuess(AbstractGuess):
@@ -38,9 +38,9 @@ class CoarseGuess(AbstractGuess):
         return makes_all and self.solver in (None, problem.solver)
 
     def __call__(
-        self, problem: Discretisation, previous: DeerState | None
+        self, problem: Discretisation, previous: DeerState | None, solve: Solve
     ) -> tuple[Iterate, IntScalarLike]:
-        del previous
+        del previous, solve
         if self._is_wrapped_solver(problem):
             return problem.sequential(), problem.sequential_span
         steps = problem.substeps if self.steps is None else self.steps

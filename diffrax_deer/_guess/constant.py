@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from .._custom_types import IntScalarLike
 from .._state import DeerState
 from .._window import Discretisation, Iterate
-from .base import AbstractGuess
+from .base import AbstractGuess, Solve
 
 
 class ConstantGuess(AbstractGuess):
@@ -14,9 +14,9 @@ class ConstantGuess(AbstractGuess):
     """
 
     def __call__(
-        self, problem: Discretisation, previous: DeerState | None
+        self, problem: Discretisation, previous: DeerState | None, solve: Solve
     ) -> tuple[Iterate, IntScalarLike]:
-        del previous
+        del previous, solve
         window = problem.window
         shape = (problem.substeps, *window.y0.shape)
         return window.interpolated(jnp.broadcast_to(window.y0[None], shape)), 0

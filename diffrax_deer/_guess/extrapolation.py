@@ -9,7 +9,7 @@ from .._state import DeerState
 from .._window import Discretisation, Iterate
 from ._coarse_grid import unless_constant_is_better
 from .auto import AutoGuess
-from .base import AbstractGuess
+from .base import AbstractGuess, Solve
 
 
 class ExtrapolationGuess(AbstractGuess):
@@ -28,10 +28,10 @@ class ExtrapolationGuess(AbstractGuess):
         check_instance(self.first, AbstractGuess, "ExtrapolationGuess(first=...)")
 
     def __call__(
-        self, problem: Discretisation, previous: DeerState | None
+        self, problem: Discretisation, previous: DeerState | None, solve: Solve
     ) -> tuple[Iterate, IntScalarLike]:
         def first():
-            guess, span = self.first(problem, previous)
+            guess, span = self.first(problem, previous, solve)
             return guess, jnp.asarray(span, jnp.int32)
 
         if previous is None:

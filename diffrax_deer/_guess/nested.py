@@ -2,18 +2,14 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
-import optimistix as optx
 from diffrax import AbstractSolver
 
 from .._checks import check_instance, check_one_step_solver, check_positive_int
 from .._custom_types import IntScalarLike
-from .._iterate import Iteration
-from .._method import AbstractMethod, DEER
-from .._scan import AbstractScan, AutoScan
 from .._state import DeerState
 from .._window import Discretisation, Iterate
 from ._coarse_grid import coarse_grid, unless_constant_is_better
-from .base import AbstractGuess
+from .base import AbstractGuess, Solve
 from .constant import ConstantGuess
 
 
@@ -37,8 +33,6 @@ class NestedGuess(AbstractGuess):
     factor: int = eqx.field(default=4, static=True)
     guess: AbstractGuess = ConstantGuess()
     solver: AbstractSolver[Any] | None = None
-    method: AbstractMethod = DEER()
-    scan: AbstractScan = AutoScan()
     max_iters: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
@@ -47,18 +41,16 @@ class NestedGuess(AbstractGuess):
         check_instance(self.guess, AbstractGuess, "NestedGuess(guess=...)")
         if self.solver is not None:
             check_one_step_solver(self.solver, "NestedGuess(solver=...)")
-        check_instance(self.method, AbstractMethod, "NestedGuess(method=...)")
-        check_instance(self.scan, AbstractScan, "NestedGuess(scan=...)")
         if self.max_iters is not None:
             check_positive_int(self.max_iters, "NestedGuess(max_iters=...)")
 
     def __call__(
-        self, problem: Discretisation, previous: DeerState | None
+        self, problem: Discretisation, previous: DeerState | None, solve: Solve
     ) -> tuple[Iterate, IntScalarLike]:
         steps = problem.substeps // self.factor
         is_even = steps * self.factor == problem.substeps
         if steps <= 1:
-            return self.guess(problem, previous)
+            return self.guess(problem, previous, solve)
         if self.levels == 1:
             guess = self.guess
         else:
@@ -67,18 +59,10 @@ class NestedGuess(AbstractGuess):
             coarse = problem.merged(self.factor, self.solver)
         else:
             coarse = problem.on(coarse_grid(problem.ts, steps), self.solver)
-        iteration = Iteration(
-            window=coarse.window,
-            method=self.method,
-            scan=self.scan,
-            rtol=_RTOL,
-            atol=None,
-            norm=optx.max_norm,
-            max_iters=_MAX_ITERS if self.max_iters is None else self.max_iters,
-        )
-        first, span = guess(coarse, None)
+        max_iters = _MAX_ITERS if self.max_iters is None else self.max_iters
+        first, span = guess(coarse, None, solve)
         # Also if this is not successful: the comparison below decides.
-        solution = iteration.run(coarse.window.finite(first))
+        solution = solve(coarse, coarse.window.finite(first), _RTOL, max_iters)
         if is_even:
             t1s = problem.t1s.reshape(steps, self.factor)
             ys = coarse.evaluate_within(solution.at, t1s)
@@ -97,7 +81,6 @@ NestedGuess.__init__.__doc__ = """**Arguments:**
 - `guess`: the guess on the coarsest grid.
 - `solver`: the solver that makes the steps on coarser grids. Defaults to the solver
     that [`diffrax_deer.DeerSolver`][] wraps.
-- `method`, `scan`: as for [`diffrax_deer.DeerSolver`][].
 - `max_iters`: the maximum number of iterations on each coarser grid. A positive
     integer. Defaults to 64.
 """

@@ -9,7 +9,7 @@ from .._checks import check_instance, check_trajectory
 from .._custom_types import IntScalarLike
 from .._state import DeerState
 from .._window import Discretisation, Iterate
-from .base import AbstractGuess
+from .base import AbstractGuess, Solve
 
 
 class SolutionGuess(AbstractGuess):
@@ -40,9 +40,9 @@ class SolutionGuess(AbstractGuess):
             )
 
     def __call__(
-        self, problem: Discretisation, previous: DeerState | None
+        self, problem: Discretisation, previous: DeerState | None, solve: Solve
     ) -> tuple[Iterate, IntScalarLike]:
-        del previous
+        del previous, solve
         path = self.solution
         times = problem.t1s * _direction(problem.terms)
         # Where there is nothing, a constant is better than an extrapolation.
