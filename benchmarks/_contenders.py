@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.integrate
 from diffrax_deer import DeerAdjoint, DeerSolver
-from diffrax_deer._window import OneStepMap
 from jax.experimental.ode import odeint
 from jaxtyping import Array, Float
 
@@ -242,9 +241,12 @@ def _original_elk(task, iterations):
 
     def solve(y0, args):
         tsit5 = dfx.Tsit5(scan_kind="bounded")  # Can be differentiated.
-        step_map = OneStepMap(tsit5, task.term, args)
         dt = jnp.asarray(task.t1 / substeps, y0.dtype)
-        step = lambda y, t0: step_map(t0[0], t0[0] + dt, y).y1
+
+        def step(y, t0):
+            step = (task.term, t0[0], t0[0] + dt, y, args)
+            return tsit5.step(*step, tsit5.init(*step), made_jump=False)[0]
+
         t0s = dt * jnp.arange(substeps, dtype=y0.dtype)[:, None]
         guess = jnp.broadcast_to(y0, (substeps, y0.size))
         ys = elk_alg(step, y0, guess, t0s, num_iters=iterations, deer=True)

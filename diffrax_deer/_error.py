@@ -7,7 +7,7 @@ from diffrax import RESULTS
 from jaxtyping import Array, Float
 
 from ._iterate import JointSolution
-from ._window import Discretisation, Iterate
+from ._window import Discretisation, Iterate, Whole
 
 
 # A coarser grid need not have a solution, and then it is as well to find that out soon.
@@ -38,7 +38,10 @@ def accumulated_error(
 
 
 def error_by_halving(
-    problem: Discretisation, at: Iterate, solve: Callable[..., JointSolution]
+    problem: Discretisation,
+    whole: Whole,
+    at: Iterate,
+    solve: Callable[..., JointSolution],
 ) -> Float[Array, " size"]:
     """The difference to the solution on a grid of half as many substeps, which is an
     estimate of the full order of the solver. Infinite if that cannot be found.
@@ -46,7 +49,7 @@ def error_by_halving(
     If it is not used, as with constant steps, then XLA leaves it away.
     """
     coarse, _, solution = halve(problem, at, solve)
-    difference = jnp.abs(problem.whole(at).y1 - coarse.whole(solution.at).y1)
+    difference = jnp.abs(whole.y1 - coarse.whole(solution.at).y1)
     return jnp.where(solution.result == RESULTS.successful, difference, jnp.inf)
 
 

@@ -331,7 +331,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
             )
         )
         if placed.fractions is not None:
-            problem = problem.on(problem.between(placed.fractions))
+            problem = problem.moved(placed.fractions)
         solution = with_derivative(placed.solution, self.iteration(problem))
         at, whole = solution.at, problem.whole(solution.at)
         outputs, unravel = problem.outputs(whole), problem.scheme.unravel
@@ -445,7 +445,7 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         y_errors: PyTree[Array] | None,
     ) -> Float[Array, " size"] | None:
         if self._estimates_by_halving:
-            return error_by_halving(problem, at, self._solve_from)
+            return error_by_halving(problem, whole, at, self._solve_from)
         elif y_errors is None:
             return None
         else:

@@ -21,8 +21,8 @@ from diffrax_deer import (
     RadauIIA,
     SequentialScan,
 )
-from diffrax_deer._implicit.linear import direct, iterative, linear_solve
-from diffrax_deer._window import Discretisation, Iterate, OneStepMap, tableau_of
+from diffrax_deer._implicit.linear import direct, iterative, linear_solve, linearised
+from diffrax_deer._window import Discretisation, Iterate, Substep, tableau_of
 from jax.flatten_util import ravel_pytree
 
 from .helpers import explicit_solvers, max_error, problem, root_finder, solver_id
@@ -91,7 +91,14 @@ def test_outputs_are_those_of_the_solver(solver):
     # Up to what its own root finder leaves.
     discretisation, at = _problem(solver), _sequential(solver)
     outputs: Any = jit(_outputs, discretisation, at)
-    step = OneStepMap(solver, discretisation.terms, discretisation.args)
+
+    def step(t0, t1, y0):
+        inputs = discretisation.terms, t0, t1, y0, discretisation.args
+        y1, y_error, infos, _, result = solver.step(
+            *inputs, solver.init(*inputs), False
+        )
+        return Substep(y1, y_error, infos, result)
+
     y0 = discretisation.y0
     for n, (t0, t1) in enumerate(zip(discretisation.t0s, discretisation.t1s)):
         expected: Any = jit(step, t0, t1, y0)
@@ -175,10 +182,14 @@ def test_linearised_equations(solver):
     L0, L = jit(jax.jacfwd(residual, (0, 1)), window.y0, flat_at)
     b, start = _random(at, 1), jnp.array([0.3, -1.0, 2.0])
     expected = jnp.linalg.solve(L, ravel_pytree(b)[0] - L0 @ start)
-    solves = [lambda: direct(window, at, DEER(), SequentialScan())]
+
+    def solved(method):
+        return direct(linearised(window, at, method), SequentialScan(), None)
+
+    solves = [lambda: solved(DEER())]
     if window.is_explicit:
         solves += [
-            lambda: iterative(window, at, QuasiDEER(), SequentialScan()),
+            lambda: iterative(window, at, solved(QuasiDEER())),
             lambda: linear_solve(window, at, DEER(), SequentialScan()),
         ]
     cotangent = _random(at, 2)
@@ -230,7 +241,9 @@ def test_diagonal_jacobians(solver):
     methods = (DEER(), QuasiDEER(), QuasiDEER(samples=1, key=jr.key(3)))
 
     def solve(method):
-        out = direct(window, at, method, SequentialScan())(jnp.ones(3), r)
+        out = direct(linearised(window, at, method), SequentialScan(), None)(
+            jnp.ones(3), r
+        )
         return ravel_pytree(out)[0]
 
     expected, *others = jit(lambda: [solve(method) for method in methods])
@@ -254,7 +267,7 @@ def test_blocks_of_jacobians(solver):
     start, r = jr.normal(jr.key(1), (6,)), _random(at, 2)
 
     def both(method):
-        solve = direct(problem.window, at, method, SequentialScan())
+        solve = direct(linearised(problem.window, at, method), SequentialScan(), None)
         return solve(start, r), jax.linear_transpose(solve, start, r)(r)
 
     expected = both(DEER())
@@ -294,7 +307,8 @@ def test_interpolation():
         *(discretisation.y0, discretisation.args),
         saveat=diffrax.SaveAt(ts=ts),
     ).ys
-    assert max_error(jit(discretisation.evaluate, at, ts), exact) < 1e-8
+    whole = jit(discretisation.whole, at)
+    assert max_error(jit(discretisation.evaluate, whole, ts), exact) < 1e-8
     infos = jit(_outputs, discretisation, at).dense_info
     info = jtu.tree_map(lambda x: x[11], infos)
     t0, t1 = discretisation.t0s[11], discretisation.t1s[11]
@@ -376,7 +390,8 @@ def test_calls_of_lapack(solver):
     def value_and_gradient(at, start, b):
         # Of several right-hand sides.
         solve = jax.vmap(
-            direct(window, at, DEER(), SequentialScan()), in_axes=(0, None)
+            direct(linearised(window, at, DEER()), SequentialScan(), None),
+            in_axes=(0, None),
         )
         out, vjp = jax.vjp(solve, jnp.stack([start, 2 * start]), b)
         return out, vjp(out)

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -25,8 +26,8 @@ from .._grid import AdaptiveGrid
 from .._implicit import is_sequential, share_read, without_gradient
 from .._solver import DeerSolver
 from .._window import Discretisation, has_tree, leaves_read, ravel, Scheme
-from .event import call_event, event_time
-from .loop import Layout, record, Recording, unmerged, with_results
+from .event import event_time
+from .loop import Layout, record, Recording, unmerged
 from .save import save
 from .stepper import (
     AbstractStepper,
@@ -52,9 +53,10 @@ _MAX_JACOBIAN_BYTES = 2**26
 _MAX_MERGED_ON_CPU = 32
 _MAX_MERGED_WITH_TREE = 256
 # Of a sequential solver, how many steps are differentiated at once if the vector field
-# looks things up: after each of these, derivatives with respect to all that it could
-# have read are added up.
-_CHUNK_WITH_TABLE = 64
+# looks things up (after each of these, derivatives with respect to all that it could
+# have read are added up), or if controls of many steps are evaluated at once. With more
+# of them that costs less, but more of the last ones may be made in vain.
+_CHUNK_AT_ONCE = 64
 
 _DIAGNOSE = (
     "What to change, `diffrax_deer.diagnose` says: it takes the same arguments as "
@@ -206,18 +208,17 @@ class DeerAdjoint(AbstractAdjoint):
         layout = self._layout(
             *(stepper, stepsize_controller, scheme, saveat, y0, max_steps, is_kept)
         )
-        call = call_event(
-            args,
-            dict(
-                terms=terms,
-                solver=solver,
-                t0=t0,
-                t1=t1,
-                dt0=dt0,
-                saveat=saveat,
-                stepsize_controller=stepsize_controller,
-                max_steps=max_steps,
-            ),
+        # As Diffrax calls the functions of an event.
+        call = lambda cond_fn, t, y: cond_fn(
+            *(t, y, args),
+            terms=terms,
+            solver=solver,
+            t0=t0,
+            t1=t1,
+            dt0=dt0,
+            saveat=saveat,
+            stepsize_controller=stepsize_controller,
+            max_steps=max_steps,
         )
 
         # First find the solution, without any derivatives...
@@ -266,7 +267,7 @@ class DeerAdjoint(AbstractAdjoint):
             )
 
         final_state = unmerged(stepper, init_state, final_state, num_steps)
-        final_state = with_results(
+        final_state = dataclasses.replace(
             final_state,
             y=yfinal,
             result=result,
@@ -289,11 +290,12 @@ class DeerAdjoint(AbstractAdjoint):
     ):
         if type(solver) is not DeerSolver:
             chunk = self.max_window_points
-            if chunk is None and has_table:
-                chunk = _CHUNK_WITH_TABLE
-            if times is None or event is not None or not has_tree:
+            known = times if event is None and has_tree else None
+            if chunk is None and (known is not None or has_table):
+                chunk = _CHUNK_AT_ONCE
+            if known is None:
                 return SequentialSteps(solver, controller, chunk)
-            return KnownSteps(solver, controller, chunk, times)
+            return KnownSteps(solver, controller, chunk, known)
         elif times is None or not solver.grid.is_uniform or solver.sharding is not None:
             return Windows(solver, controller)
         substeps = solver.substeps
@@ -356,12 +358,12 @@ DeerAdjoint.__init__.__doc__ = """**Arguments:**
     known in advance are merged until there are that many. (Not with
     [`diffrax_deer.AdaptiveGrid`][], whose windows have grids of their own.) Of solvers
     other than [`diffrax_deer.DeerSolver`][], this is the number of steps through which
-    to backpropagate at once: by default 128, and on a CPU 64 if steps are known in
-    advance or the vector field looks things up in long tables, or else as many as have
-    24 stages. By default steps are only merged with `DeerSolver(substeps=1)` and
-    without an event, up to 16384 of them, or fewer if their Jacobians would take more
-    than 64 MiB, and on a CPU up to 32, or 256 if there is a
-    `diffrax.VirtualBrownianTree`.
+    to backpropagate at once: by default 128, and on a CPU as many as have 24 stages. It
+    is 64 if steps are known in advance and there is a `diffrax.VirtualBrownianTree`, or
+    on a CPU if the vector field looks things up in long tables. By default steps are
+    only merged with `DeerSolver(substeps=1)` and without an event, up to 16384 of them,
+    or fewer if their Jacobians would take more than 64 MiB, and on a CPU up to 32, or
+    256 if there is a `diffrax.VirtualBrownianTree`.
 """
 
 
@@ -438,7 +440,7 @@ def _error_if_failed(
     # depends on one of these.
     number, y = error_if_any((recording.num_windows, final_state.y), errors)
     recording = eqx.tree_at(lambda r: r.num_windows, recording, number)
-    return recording, with_results(final_state, y=y)
+    return recording, dataclasses.replace(final_state, y=y)
 
 
 def _is_subsaveat(x):
@@ -489,7 +491,7 @@ def _dense(final_state, trajectory, stepper, num_steps):
     index = jnp.arange(len(starts) + 1, dtype=jnp.int32)
     ts = jnp.where(index < num_steps, jnp.append(starts, trajectory.t1), jnp.inf)
     ts = jnp.where(index == num_steps, trajectory.t1, ts)
-    return with_results(
+    return dataclasses.replace(
         final_state,
         dense_ts=ts,
         dense_infos=stepper.grouped(trajectory.dense_infos(), problem.grid.fractions),

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -97,16 +96,4 @@ def event_time(
         options=dict(lower=t0, upper=t1),
         throw=False,
     )
-    result = RESULTS.where(
-        root.result == optx.RESULTS.successful,
-        RESULTS.successful,
-        RESULTS.promote(root.result),
-    )
-    return root.value, result
-
-
-def call_event(
-    args: Any, kwargs: dict[str, Any]
-) -> Callable[[Callable, RealScalarLike, PyTree[Array]], Array]:
-    """How Diffrax calls the functions of an event."""
-    return lambda cond_fn, t, y: cond_fn(t, y, args, **kwargs)
+    return root.value, RESULTS.promote(root.result)

@@ -296,11 +296,6 @@ def unmerged(
     )
 
 
-def with_results(final_state: Any, **fields: Any) -> Any:
-    """Adds what follows from the solution: `y`, `save_state`, ..."""
-    return dataclasses.replace(final_state, **fields)
-
-
 def _made_jump(controller, controller_state, error_order, scheme, init_state):
     # Most controllers know that they never jump. Then solvers need not provide for it.
     t, y = init_state.tprev, init_state.y

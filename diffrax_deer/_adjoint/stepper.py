@@ -30,9 +30,6 @@ _CHUNK = 128
 _STAGES_IN_CHUNK = 24
 # Of how many steps at known times to evaluate the controls at once.
 _BLOCK = 256
-# ... and how many of these to differentiate at once. If there are more in a chunk then
-# controls cost less, but more of the last chunk may be made in vain.
-_KNOWN_CHUNK = 64
 
 
 class Made(eqx.Module):
@@ -213,10 +210,6 @@ class KnownSteps(AbstractSteps):
     controller: Any
     max_chunk: int | None = eqx.field(static=True)
     times: KnownTimes
-
-    def chunk(self, scheme: Scheme, max_windows: int) -> int:
-        chunk = super().chunk(scheme, max_windows)
-        return chunk if self.max_chunk is not None else min(_KNOWN_CHUNK, max_windows)
 
     def init(self, scheme, solver_state, controller_state, tnext):
         # Nothing yet.

@@ -116,11 +116,10 @@ class AdaptiveGrid(AbstractGrid):
         return fractions, jnp.array(substeps, jnp.int32)
 
     def place(self, problem: Discretisation, guess: Guess, solve: Solve) -> Placed:
-        on = lambda fractions: problem.on(problem.between(fractions))
         zero = jnp.array(0, jnp.int32)
 
         def body(state: _State) -> _State:
-            here = on(state.next)
+            here = problem.moved(state.next)
             is_first = state.num_moves == 0
             max_iters = jnp.where(is_first, jnp.iinfo(jnp.int32).max, _MAX_ITERS)
             before = state.solution
@@ -128,7 +127,10 @@ class AdaptiveGrid(AbstractGrid):
             at, span = lax.cond(
                 eqxi.unvmap_all(is_first),
                 lambda: guess(here),
-                lambda: (_interpolate(on(state.fractions), before.at, here), zero),
+                lambda: (
+                    _interpolate(problem.moved(state.fractions), before.at, here),
+                    zero,
+                ),
             )
             solution = solve(here, at, max_iters)
             okay = solution.result == RESULTS.successful
@@ -174,7 +176,7 @@ class AdaptiveGrid(AbstractGrid):
         fractions, solution = state.fractions, state.solution
         if self.rtol is None or self.atol is None:
             return Placed(fractions, solution, None, True)
-        factor, required, span = self._judge(on(fractions), solution, solve)
+        factor, required, span = self._judge(problem.moved(fractions), solution, solve)
         solution = dataclasses.replace(solution, span=solution.span + span)
         return Placed(fractions, solution, required, factor <= 1)
 
@@ -217,8 +219,8 @@ class AdaptiveGrid(AbstractGrid):
         at_points = size(on_half.at.ys - whole.at.ys[last], scale[last])
         between = jtu.tree_map(
             lambda x, y: x[twice:] - y,
-            coarse.evaluate_within(solution_on_half.at, pairs),
-            problem.evaluate_within(at, middles[:, None]),
+            coarse.evaluate_within(on_half, pairs),
+            problem.evaluate_within(whole, middles[:, None]),
         )
         between = size(problem.scheme.ravel_all(between, problem.substeps), scale)
         errors = (at_points, order), (between, _interpolation_order(problem, order))
@@ -246,7 +248,7 @@ def _interpolate(
     problem: Discretisation, at: Iterate, other: Discretisation
 ) -> Iterate:
     """The solution, as a guess on another grid."""
-    ys = other.ravel_all(problem.evaluate(at, other.t1s))
+    ys = other.ravel_all(problem.evaluate(problem.whole(at), other.t1s))
     return other.window.finite(other.window.interpolated(ys))
 
 

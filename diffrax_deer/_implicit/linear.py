@@ -22,7 +22,13 @@ from .._linear_algebra import Matrices, matvec, transpose
 from .._method import AbstractMethod, DEER
 from .._scan import AbstractScan, whole_scan
 from .._time_axis import after, before
-from .._window import AbstractWindow, is_noisy, Iterate, noise_of_linear
+from .._window import (
+    AbstractElimination,
+    AbstractWindow,
+    is_noisy,
+    Iterate,
+    noise_of_linear,
+)
 
 
 _Solve = Callable[[Float[Array, " size"], Iterate], Iterate]
@@ -37,23 +43,25 @@ def linear_solve(
     window: AbstractWindow, at: Iterate, method: AbstractMethod, scan: AbstractScan
 ) -> _Solve:
     """Picks the one that suits the platform and the method."""
-
-    def eliminate(method):
-        _, jacobians = method.linearise(window, window.points(at))
-        return window.eliminate(jacobians())
-
     if is_sequential(window.is_explicit, window.sharding):
         nothing = eqx.filter(window, False)
         return lambda start, b: window.derivative(at, nothing, start, b)
-    is_full = jax.eval_shape(lambda: eliminate(method)).A.ndim == at.ys.ndim + 1
-    if not is_full and window.is_explicit:
-        # Full Jacobians are too large to be formed. (If it is implicit then nothing
-        # says that the iteration converges.)
-        return iterative(window, at, method, scan)
-    elif jax.eval_shape(lambda: eliminate(DEER())).is_exact:
-        return direct(window, at, DEER(), scan)
-    else:
-        return iterative(window, at, DEER(), scan)
+    system = linearised(window, at, method)
+    is_full = system.A.ndim == at.ys.ndim + 1
+    # Full Jacobians may be too large to be formed. (But if it is implicit then nothing
+    # says that the iteration with others converges.)
+    if not is_full and not window.is_explicit:
+        system, is_full = linearised(window, at, DEER()), True
+    solve = direct(system, scan, window.sharding)
+    return solve if is_full and system.is_exact else iterative(window, at, solve)
+
+
+def linearised(
+    window: AbstractWindow, at: Iterate, method: AbstractMethod
+) -> AbstractElimination:
+    """The equations as the `method` sees them."""
+    _, jacobians = method.linearise(window, window.points(at))
+    return window.eliminate(jacobians())
 
 
 def is_sequential(is_explicit: bool, sharding: NamedSharding | None) -> bool:
@@ -88,12 +96,10 @@ def share_read(window: AbstractWindow, tangent: AbstractWindow) -> float:
 
 
 def direct(
-    window: AbstractWindow, at: Iterate, method: AbstractMethod, scan: AbstractScan
+    system: AbstractElimination, scan: AbstractScan, sharding: NamedSharding | None
 ) -> _Solve:
-    """By one linear recurrence, as in an iteration of the `method`."""
-    _, jacobians = method.linearise(window, window.points(at))
-    system = window.eliminate(jacobians())
-    scan = whole_scan(scan, window.sharding)
+    """By one linear recurrence, as in an iteration."""
+    scan = whole_scan(scan, sharding)
 
     def solve(start, b):
         condensed = system.condense(b)
@@ -117,12 +123,8 @@ def recurrence(
     )
 
 
-def iterative(
-    window: AbstractWindow, at: Iterate, method: AbstractMethod, scan: AbstractScan
-) -> _Solve:
-    """By products with Jacobians, preconditioned with the approximations to these that
-    the method makes."""
-    roughly = direct(window, at, method, scan)
+def iterative(window: AbstractWindow, at: Iterate, roughly: _Solve) -> _Solve:
+    """By products with Jacobians, preconditioned by a solve with approximations."""
 
     def targets(y0, at):
         return eqx.tree_at(lambda w: w.y0, window, y0).all_targets(at)

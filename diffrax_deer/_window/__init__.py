@@ -19,7 +19,6 @@ from .interpolation import (
 )
 from .one_step import (
     AbstractMapWindow as AbstractMapWindow,
-    OneStepMap as OneStepMap,
     Substep as Substep,
 )
 from .quadrature import Split as Split, Whole as Whole

@@ -91,12 +91,6 @@ class Discretisation(eqx.Module):
         fractions = (self.ts - self.t0s[0]) / jnp.where(length == 0, 1, length)
         return fractions.at[-1].set(1)
 
-    def between(
-        self, fractions: Real[Array, " substeps_plus_1"]
-    ) -> Real[Array, " substeps_plus_1"]:
-        """Another grid for the same window."""
-        return time_at(self.t0s[0], self.t1s[-1], fractions)
-
     def on(
         self,
         ts: Real[Array, " substeps_plus_1"],
@@ -104,6 +98,10 @@ class Discretisation(eqx.Module):
     ) -> "Discretisation":
         """The same on another grid."""
         return self._with(ts[:-1], ts[1:], solver)
+
+    def moved(self, fractions: Real[Array, " substeps_plus_1"]) -> "Discretisation":
+        """The same, with another grid for the same window."""
+        return self.on(time_at(self.t0s[0], self.t1s[-1], fractions))
 
     def merged(
         self, factor: int, solver: AbstractSolver[Any] | None = None
@@ -145,16 +143,16 @@ class Discretisation(eqx.Module):
             *(self.window.xs, whole.starts, whole.at, whole.errors)
         )
 
-    def evaluate(self, at: Iterate, ts: Real[Array, " times"]) -> PyTree[Array]:
+    def evaluate(self, whole: Whole, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, by the interpolation of the solver."""
         index = place_in(lax.stop_gradient(self.t1s), ts)
         index = jnp.clip(index, 0, self.substeps - 1)
-        infos = self.outputs(self.whole(at)).dense_info
+        infos = self.outputs(whole).dense_info
         infos = jtu.tree_map(lambda x: x[index], infos)
         return self.scheme.evaluate(ts, self.t0s[index], self.t1s[index], infos)
 
     def evaluate_within(
-        self, at: Iterate, ts: Real[Array, "substeps times"]
+        self, whole: Whole, ts: Real[Array, "substeps times"]
     ) -> PyTree[Array]:
         """The same, at as many times in each of the substeps."""
 
@@ -162,7 +160,7 @@ class Discretisation(eqx.Module):
             interpolation = self.scheme.interpolation(t0, t1, info)
             return jax.vmap(interpolation.evaluate)(ts)
 
-        infos = self.outputs(self.whole(at)).dense_info
+        infos = self.outputs(whole).dense_info
         ys = jax.vmap(row)(ts, self.t0s, self.t1s, infos)
         return jtu.tree_map(lambda y: y.reshape(ts.size, *y.shape[2:]), ys)
 

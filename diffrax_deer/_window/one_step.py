@@ -13,13 +13,11 @@ from diffrax import (
     RESULTS,
 )
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
 
-from .._custom_types import PyTree, Terms
+from .._custom_types import PyTree
 from .._linear_algebra import Matrices
 from .base import AbstractElimination, AbstractWindow, Iterate
-from .control import with_controls
-from .tableau import tableau_of
 
 
 class Substep(eqx.Module):
@@ -31,44 +29,10 @@ class Substep(eqx.Module):
     result: RESULTS
 
 
-class OneStepMap(eqx.Module):
-    r"""The wrapped solver, as a map $(t_0, t_1, y_0) \mapsto y_1$."""
+def jvp_compatible(solver: AbstractSolver) -> AbstractSolver:
+    """Diffrax's default for the loop over stages cannot be differentiated in forward
+    mode, which is how Jacobians are computed."""
 
-    solver: AbstractSolver
-    terms: Terms
-    args: PyTree[Any]
-
-    def __init__(self, solver: AbstractSolver, terms: Terms, args: PyTree[Any]):
-        # Steps of a Runge--Kutta method are differentiated by their equations.
-        is_opaque = tableau_of(solver) is None
-        self.solver = _jvp_compatible(solver) if is_opaque else solver
-        self.terms = terms
-        self.args = args
-
-    def __call__(
-        self,
-        t0: Real[Array, ""],
-        t1: Real[Array, ""],
-        y0: PyTree[Array],
-        controls: list[PyTree[Array]] | None = None,
-    ) -> Substep:
-        """`controls` are those of the terms, if they are known already."""
-        terms = self.terms
-        if controls is not None:
-            kwargs = self.solver.term_compatible_contr_kwargs
-            terms = with_controls(terms, kwargs, t0, t1, controls)
-        # A one-step method has no memory: its state only ever caches what can be found
-        # from `(t0, t1, y0)` as well. So each substep begins with a new one.
-        state = self.solver.init(terms, t0, t1, y0, self.args)
-        y1, y_error, dense_info, _, result = self.solver.step(
-            terms, t0, t1, y0, self.args, state, made_jump=False
-        )
-        return Substep(y1, y_error, dense_info, result)
-
-
-def _jvp_compatible(solver: AbstractSolver) -> AbstractSolver:
-    # Diffrax's default for the loop over stages cannot be differentiated in forward
-    # mode, which is how Jacobians are computed.
     def fix(x):
         if not has_scan_kind(x):
             return x

@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Real
 from .._custom_types import DenseInfo, PyTree, RealScalarLike, Terms, Y
 from .._time_axis import divided, last
 from .base import AbstractWindow, Iterate
-from .control import batched, controls
+from .control import batched, controls, with_controls
 from .elimination import weighted
-from .one_step import OneStepMap, StepWindow, Substep
+from .one_step import jvp_compatible, StepWindow, Substep
 from .quadrature import integrate, ReadTerm, Split, which_are_read, Whole
 from .reals import ravel, unravel_like
 from .stage_interpolation import interpolation_of
@@ -135,8 +135,19 @@ class Scheme(eqx.Module):
     def step(self, x: tuple[Array, Array, PyTree[Array]], y0: Y) -> Substep:
         """One of these steps, by the solver."""
         t0, t1, controls = x
-        step = OneStepMap(self.solver, self.terms, self.args)
-        return step(t0, t1, y0, controls if self.tableau is None else None)
+        solver, terms, args = self.solver, self.terms, self.args
+        # (Steps of a Runge--Kutta method are differentiated by their equations, and its
+        # controls are those of its parts.)
+        if self.tableau is None:
+            solver, kwargs = jvp_compatible(solver), solver.term_compatible_contr_kwargs
+            terms = with_controls(terms, kwargs, t0, t1, controls)
+        # A one-step method has no memory: its state only ever caches what can be found
+        # from `(t0, t1, y0)` as well. So each substep begins with a new one.
+        state = solver.init(terms, t0, t1, y0, args)
+        y1, y_error, dense_info, _, result = solver.step(
+            terms, t0, t1, y0, args, state, made_jump=False
+        )
+        return Substep(y1, y_error, dense_info, result)
 
     def stages(
         self,
