@@ -13,6 +13,11 @@ from ._custom_types import PyTree
 from ._time_axis import num_parts
 
 
+def check_optional_int(x: Any, name: str) -> None:
+    if x is not None:
+        check_positive_int(x, name)
+
+
 def check_positive_int(x: Any, name: str) -> None:
     # A `bool` is an `int`, but not a number of anything.
     if isinstance(x, bool) or not isinstance(x, int):
@@ -30,11 +35,9 @@ def check_divides(x: int, size: int, name: str) -> None:
 
 
 def check_tolerance(x: Any, name: str) -> None:
-    if isinstance(x, jax.core.Tracer):
-        return  # Its value is not known yet.
-    if isinstance(x, bool) or not isinstance(
-        x, (int, float, np.number, np.ndarray, jax.Array)
-    ):
+    if _is_not_known(x):
+        return
+    if not _is_number(x):
         raise TypeError(f"`{name}` must be a positive number or `None`, got {x!r}.")
     if np.shape(x) != () or not x > 0:
         raise ValueError(
@@ -44,17 +47,24 @@ def check_tolerance(x: Any, name: str) -> None:
 
 
 def check_damping(x: Any, name: str) -> None:
-    if x is None or isinstance(x, jax.core.Tracer):
+    if _is_not_known(x):
         return
-    if isinstance(x, bool) or not isinstance(
-        x, (int, float, np.number, np.ndarray, jax.Array)
-    ):
+    if not _is_number(x):
         raise TypeError(f"`{name}` must be a number or `None`, got {x!r}.")
     if np.shape(x) != () or not x >= 0:
         raise ValueError(
             f"`{name}` must not be negative, got {x}. Use `None` to have it chosen "
             "automatically."
         )
+
+
+def _is_not_known(x):
+    return x is None or isinstance(x, jax.core.Tracer)
+
+
+def _is_number(x):
+    is_number = isinstance(x, (int, float, np.number, np.ndarray, jax.Array))
+    return is_number and not isinstance(x, bool)
 
 
 def check_instance(x: Any, cls: type, name: str) -> None:

@@ -18,7 +18,6 @@ from diffrax import (
     AbstractProgressMeter,
     AbstractSolver,
     AbstractStepSizeController,
-    AbstractWrappedSolver,
     ConstantStepSize,
     diffeqsolve,
     Event,
@@ -32,6 +31,8 @@ from jaxtyping import Array
 from ._adjoint import DeerAdjoint
 from ._checks import check_instance
 from ._custom_types import BoolScalarLike, IntScalarLike, PyTree, RealScalarLike, Terms
+from ._failure import NONFINITE, TOO_MANY_ITERATIONS
+from ._forwarding import AbstractForwardingSolver
 from ._guess import AbstractGuess, ConstantGuess
 from ._iterate import Iteration, JointSolution, State
 from ._linear_algebra import matvec
@@ -69,12 +70,15 @@ class Report:
 
     **Attributes:**
 
+    - `solver`: what has been looked at.
+    - `size`: how many numbers of the state are solved for.
     - `result`: as of `diffrax.Solution`.
     - `ts`: the times at which the windows begin and end. The last one may have failed.
     - `num_rejected`: the number of windows that were tried in vain.
     - `num_iterations`: the number of iterations of each window.
     - `sequential_evaluations`: of each window how many evaluations of the vector field,
         or of its derivative, followed one another. That is what a GPU waits for.
+    - `span`: the sum of these, over all windows, those that were rejected included.
     - `residuals`: of each window the residual before each iteration, and after the
         last one: the largest by which a substep misses the next value, relative to the
         largest value of that component.
@@ -82,9 +86,9 @@ class Report:
         counting from its beginning: those before the first residual above the
         tolerance.
     - `fractions`: when the substeps of each window begin and end, from 0 to 1.
-    - `required_substeps`: how many substeps it takes, in each window, to be as accurate
-        as `AdaptiveGrid(rtol=..., atol=...)` asks for. `None` if nothing is asked for.
-    - `span`: the sum of these, over all windows, those that were rejected included.
+    - `required_substeps`: how many substeps it takes to be as accurate as
+        `AdaptiveGrid(rtol=..., atol=...)` asks for, in the window that takes most of
+        them. `None` if nothing is asked for.
     - `lyapunov`: an estimate of the largest Lyapunov exponent, the rate (in one unit of
         time) at which nearby solutions diverge, or if negative converge. NaN if there
         is nothing to estimate it from.
@@ -104,6 +108,8 @@ class Report:
     - `recommended_substeps`: how many substeps to solve at once, if that should be
         changed: in windows that are longer or shorter in proportion. Otherwise `None`.
     - `may_miss_events`: whether an event inside of a window would not be seen.
+    - `duration`: from `t0` to `t1`, as was asked for.
+    - `is_adaptive`: whether the step size controller chose the windows.
     - `advice`: recommendations, as sentences.
     """
 
@@ -126,7 +132,6 @@ class Report:
     stiffness: float
     memory: int | None
     may_miss_events: bool
-    # What was asked for: over how long a time, and who chose the windows.
     duration: float
     is_adaptive: bool
 
@@ -382,7 +387,7 @@ def _summary(fn, x: np.ndarray) -> float:
     return float(fn(x)) if len(x) > 0 else math.nan
 
 
-class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
+class _Observed(AbstractForwardingSolver[tuple[DeerState, Array]]):
     """A `DeerSolver` that tells how each of its windows was solved, as dense output."""
 
     solver: DeerSolver
@@ -390,40 +395,11 @@ class _Observed(AbstractWrappedSolver[tuple[DeerState, Array]]):
     tell: Callable[[Array], None] = eqx.field(static=True)
 
     @property
-    def term_structure(self):
-        return self.solver.term_structure
-
-    @property
-    def term_compatible_contr_kwargs(self):
-        return self.solver.term_compatible_contr_kwargs
-
-    @property
     def interpolation_cls(self):  # pyright: ignore
         return _no_interpolation
 
-    @property
-    def scan_kind(self):
-        return self.solver.scan_kind
-
-    @property
-    def root_finder(self):
-        return self.solver.root_finder
-
-    @property
-    def root_find_max_steps(self):
-        return self.solver.root_find_max_steps
-
-    def order(self, terms):
-        return self.solver.order(terms)
-
-    def strong_order(self, terms):
-        return self.solver.strong_order(terms)
-
     def error_order(self, terms):
         return self.solver.error_order(terms)
-
-    def func(self, terms, t0, y0, args):
-        return self.solver.func(terms, t0, y0, args)
 
     def init(self, terms, t0, t1, y0, args):
         return self.with_direction(self.solver.init(terms, t0, t1, y0, args))
@@ -613,9 +589,9 @@ def _memory(terms, solver, ts, y0, args, stepsize_controller) -> int | None:
 
 def _reason(report: Report) -> str:
     """Why there is no solution."""
-    if report.result == RESULTS.nonlinear_max_steps_reached:
+    if report.result == TOO_MANY_ITERATIONS:
         return "a window has not converged within `max_iters` iterations"
-    elif report.result == RESULTS.nonfinite:
+    elif report.result == NONFINITE:
         return "a window has got nonfinite values (inf or NaN)"
     elif report.required_substeps is not None and (
         report.result == RESULTS.dt_min_reached
@@ -692,7 +668,7 @@ def _advice_on_events(report: Report) -> list[str]:
 
 def _advice_on_failure(report: Report) -> list[str]:
     name, (begin, end) = type(report.solver.solver).__name__, report.ts[-2:]
-    if report.result == RESULTS.nonfinite:
+    if report.result == NONFINITE:
         where = f"Between t={begin:.4g} and t={end:.4g} not all values are finite."
     elif report.result == RESULTS.max_steps_reached:
         where = (

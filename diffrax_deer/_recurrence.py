@@ -14,14 +14,14 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ._checks import (
     check_instance,
-    check_positive_int,
+    check_optional_int,
     check_sharding,
     check_state,
     check_tolerance,
     check_trajectory,
 )
 from ._custom_types import PyTree, RealScalarLike
-from ._failure import error_if_any
+from ._failure import error_if_any, NONFINITE, TOO_MANY_ITERATIONS
 from ._implicit import with_derivative, without_gradient
 from ._iterate import Iteration
 from ._method import AbstractMethod, DEER
@@ -176,16 +176,15 @@ def deer_scan(
     floats, others = eqx.partition(out, eqx.is_inexact_array)
     if len(jtu.tree_leaves(floats)) == 0:
         return out
-    is_nonfinite = solution.result == RESULTS.nonfinite
     errors = [
         (
-            is_nonfinite,
+            solution.result == NONFINITE,
             "`deer_scan` has got nonfinite values (inf or NaN). Either `init` or `xs` "
             "contain them, or `f` returns them: for the solution itself, or (if "
             "`max_iters` is small) for an iterate far from it.",
         ),
         (
-            (solution.result != RESULTS.successful) & jnp.invert(is_nonfinite),
+            solution.result == TOO_MANY_ITERATIONS,
             "`deer_scan` has not converged within `max_iters` iterations. Pass a "
             "larger `max_iters` (by default there are as many as may be needed), or a "
             "better `guess`. A recurrence that is chaotic takes as many iterations as "
@@ -223,12 +222,9 @@ def deer_scan_solution(
     """
     check_instance(method, AbstractMethod, "deer_scan(method=...)")
     check_instance(scan, AbstractScan, "deer_scan(scan=...)")
-    if rtol is not None:
-        check_tolerance(rtol, "deer_scan(rtol=...)")
-    if atol is not None:
-        check_tolerance(atol, "deer_scan(atol=...)")
-    if max_iters is not None:
-        check_positive_int(max_iters, "deer_scan(max_iters=...)")
+    check_tolerance(rtol, "deer_scan(rtol=...)")
+    check_tolerance(atol, "deer_scan(atol=...)")
+    check_optional_int(max_iters, "deer_scan(max_iters=...)")
     if sharding is not None:
         check_sharding(sharding, _length(xs, length), "deer_scan(sharding=...)")
     # Whatever JAX refuses, it refuses here.

@@ -11,7 +11,6 @@ import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import (
     AbstractSolver,
-    AbstractWrappedSolver,
     Dopri8,
     RESULTS,
 )
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float, Real
 from ._checks import (
     check_instance,
     check_one_step_solver,
+    check_optional_int,
     check_positive_int,
     check_sharding,
     check_state,
@@ -35,11 +35,11 @@ from ._custom_types import (
     PyTree,
     RealScalarLike,
     Terms,
-    VF,
     Y,
 )
 from ._error import accumulated_error, error_by_halving
 from ._failure import NONFINITE
+from ._forwarding import AbstractForwardingSolver
 from ._grid import AbstractGrid, UniformGrid
 from ._guess import AbstractGuess, AutoGuess
 from ._implicit import with_derivative, without_gradient
@@ -62,7 +62,7 @@ from ._window import (
 )
 
 
-class DeerSolver(AbstractWrappedSolver[DeerState]):
+class DeerSolver(AbstractForwardingSolver[DeerState]):
     r"""Solves many steps of another solver jointly, in parallel over time.
 
     Each step of `DeerSolver` is a *window*: it is split into `substeps` parts, over
@@ -153,62 +153,27 @@ class DeerSolver(AbstractWrappedSolver[DeerState]):
         check_instance(self.scan, AbstractScan, "DeerSolver(scan=...)")
         check_instance(self.guess, AbstractGuess, "DeerSolver(guess=...)")
         check_instance(self.grid, AbstractGrid, "DeerSolver(grid=...)")
-        if self.rtol is not None:
-            check_tolerance(self.rtol, "DeerSolver(rtol=...)")
-        if self.atol is not None:
-            check_tolerance(self.atol, "DeerSolver(atol=...)")
+        check_tolerance(self.rtol, "DeerSolver(rtol=...)")
+        check_tolerance(self.atol, "DeerSolver(atol=...)")
         if not callable(self.norm):
             raise TypeError(
                 "`DeerSolver(norm=...)` must be a function `PyTree -> Scalar`, for "
                 f"example `optimistix.max_norm`, got {self.norm!r}."
             )
-        if self.max_iters is not None:
-            check_positive_int(self.max_iters, "DeerSolver(max_iters=...)")
+        check_optional_int(self.max_iters, "DeerSolver(max_iters=...)")
         if self.sharding is not None:
             name = "DeerSolver(sharding=...)"
             check_sharding(self.sharding, self.substeps, name)
 
     @property
-    def term_structure(self) -> Any:
-        return self.solver.term_structure
-
-    @property
     def interpolation_cls(self) -> Any:  # pyright: ignore
         return WindowInterpolationFactory(interpolation_of(self.solver), self.substeps)
-
-    @property
-    def term_compatible_contr_kwargs(self) -> Any:
-        return self.solver.term_compatible_contr_kwargs
-
-    # As `isinstance` checks are forwarded to the wrapped solver, so must be the
-    # attributes that Diffrax then expects.
-
-    @property
-    def scan_kind(self) -> Any:
-        return self.solver.scan_kind  # pyright: ignore
-
-    @property
-    def root_finder(self) -> Any:
-        return self.solver.root_finder  # pyright: ignore
-
-    @property
-    def root_find_max_steps(self) -> int:
-        return self.solver.root_find_max_steps  # pyright: ignore
-
-    def order(self, terms: Terms) -> int | None:
-        return self.solver.order(terms)
-
-    def strong_order(self, terms: Terms) -> RealScalarLike | None:
-        return self.solver.strong_order(terms)
 
     def error_order(self, terms: Terms) -> RealScalarLike | None:
         if self._estimates_by_halving:
             order = self.solver.order(terms)
             return None if order is None else order + 1
         return self.solver.error_order(terms)
-
-    def func(self, terms: Terms, t0: RealScalarLike, y0: Y, args: Args) -> VF:
-        return self.solver.func(terms, t0, y0, args)
 
     def init(
         self,

@@ -19,7 +19,7 @@ from diffrax import (
 )
 from jaxtyping import Array, Int
 
-from .._checks import check_one_step_solver, check_positive_int, check_state
+from .._checks import check_one_step_solver, check_optional_int, check_state
 from .._custom_types import Args, RealScalarLike, Terms
 from .._failure import error_if_any, NONFINITE, TOO_MANY_ITERATIONS
 from .._grid import AdaptiveGrid
@@ -144,12 +144,8 @@ class DeerAdjoint(AbstractAdjoint):
     max_window_points: int | None = eqx.field(default=None, static=True)
 
     def __check_init__(self) -> None:
-        if self.max_windows is not None:
-            check_positive_int(self.max_windows, "DeerAdjoint(max_windows=...)")
-        if self.max_window_points is not None:
-            check_positive_int(
-                self.max_window_points, "DeerAdjoint(max_window_points=...)"
-            )
+        check_optional_int(self.max_windows, "DeerAdjoint(max_windows=...)")
+        check_optional_int(self.max_window_points, "DeerAdjoint(max_window_points=...)")
 
     # Diffrax calls the method of whatever it is given. Of `adjoint=DeerAdjoint`, which
     # is easily written, Python would only say that `self` is missing.

@@ -86,10 +86,8 @@ class AdaptiveGrid(AbstractGrid):
     max_moves: int = eqx.field(default=4, static=True)
 
     def __check_init__(self) -> None:
-        if self.rtol is not None:
-            check_tolerance(self.rtol, "AdaptiveGrid(rtol=...)")
-        if self.atol is not None:
-            check_tolerance(self.atol, "AdaptiveGrid(atol=...)")
+        check_tolerance(self.rtol, "AdaptiveGrid(rtol=...)")
+        check_tolerance(self.atol, "AdaptiveGrid(atol=...)")
         if (self.rtol is None) != (self.atol is None):
             raise ValueError(
                 "`AdaptiveGrid(rtol=..., atol=...)` must either both be given or both "

@@ -3,7 +3,7 @@ from typing import Any
 import equinox as eqx
 from diffrax import AbstractSolver
 
-from .._checks import check_one_step_solver, check_positive_int
+from .._checks import check_one_step_solver, check_optional_int
 from .._custom_types import IntScalarLike
 from .._state import DeerState
 from .._window import Discretisation, Iterate
@@ -26,8 +26,7 @@ class CoarseGuess(AbstractGuess):
     def __check_init__(self) -> None:
         if self.solver is not None:
             check_one_step_solver(self.solver, "CoarseGuess(solver=...)")
-        if self.steps is not None:
-            check_positive_int(self.steps, "CoarseGuess(steps=...)")
+        check_optional_int(self.steps, "CoarseGuess(steps=...)")
 
     def is_solution(self, problem: Discretisation) -> bool:
         # An implicit solver has solved its equations only roughly.

@@ -4,7 +4,12 @@ from typing import Any
 import equinox as eqx
 from diffrax import AbstractSolver
 
-from .._checks import check_instance, check_one_step_solver, check_positive_int
+from .._checks import (
+    check_instance,
+    check_one_step_solver,
+    check_optional_int,
+    check_positive_int,
+)
 from .._custom_types import IntScalarLike
 from .._state import DeerState
 from .._window import Discretisation, Iterate
@@ -41,8 +46,7 @@ class NestedGuess(AbstractGuess):
         check_instance(self.guess, AbstractGuess, "NestedGuess(guess=...)")
         if self.solver is not None:
             check_one_step_solver(self.solver, "NestedGuess(solver=...)")
-        if self.max_iters is not None:
-            check_positive_int(self.max_iters, "NestedGuess(max_iters=...)")
+        check_optional_int(self.max_iters, "NestedGuess(max_iters=...)")
 
     def __call__(
         self, problem: Discretisation, previous: DeerState | None, solve: Solve

@@ -275,7 +275,7 @@ class Iteration(eqx.Module):
         """How far values of this size may be from the solution."""
         rtol, atol, eps = self.rtol, self.atol, self.window.eps
         if rtol is None:
-            rtol = 1e-10 if eps < 1e-12 else 40 * eps
+            rtol = 40 * eps if is_noisy(eps) else 1e-10
         if atol is None:
             # Small compared with `rtol`, also if the solution itself is small.
             magnitude = jnp.minimum(1, jnp.max(scale, initial=0))

@@ -1,7 +1,7 @@
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
-from .._checks import check_damping, check_positive_int
+from .._checks import check_damping, check_optional_int, check_positive_int
 from .._custom_types import RealScalarLike
 from .damping import AbstractDampedMethod
 from .linearisation import AbstractDiagonalMethod, AbstractFullMethod
@@ -67,8 +67,7 @@ class QuasiELK(AbstractDiagonalMethod, AbstractDampedMethod):
 
     def __check_init__(self) -> None:
         check_damping(self.damping, "QuasiELK(damping=...)")
-        if self.samples is not None:
-            check_positive_int(self.samples, "QuasiELK(samples=...)")
+        check_optional_int(self.samples, "QuasiELK(samples=...)")
         check_positive_int(self.block, "QuasiELK(block=...)")
 
 

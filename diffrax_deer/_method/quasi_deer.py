@@ -1,7 +1,7 @@
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
-from .._checks import check_positive_int
+from .._checks import check_optional_int, check_positive_int
 from .base import AbstractUndampedMethod
 from .linearisation import AbstractDiagonalMethod
 
@@ -45,8 +45,7 @@ class QuasiDEER(AbstractDiagonalMethod, AbstractUndampedMethod):
     block: int = eqx.field(default=1, static=True)
 
     def __check_init__(self) -> None:
-        if self.samples is not None:
-            check_positive_int(self.samples, "QuasiDEER(samples=...)")
+        check_optional_int(self.samples, "QuasiDEER(samples=...)")
         check_positive_int(self.block, "QuasiDEER(block=...)")
 
 
