@@ -36,8 +36,8 @@ from .stepper import (
     SequentialSteps,
     Windows,
 )
-from .times import anchors, are_known, ChosenTimes, KnownTimes
-from .trajectory import Grid, Problem, solution, Substeps, Trajectory
+from .times import anchors, are_known, ChosenTimes, KnownTimes, SubstepTimes
+from .trajectory import solution, Substeps, System, Trajectory
 
 
 # By default, keep up to this many bytes of substeps, or if that is more, up to this
@@ -243,11 +243,11 @@ class DeerAdjoint(AbstractAdjoint):
             layout.keeps_all,
             layout.chunk,
         )
-        grid = Grid(times, recording.fractions, stepper.substeps)
+        substep_times = SubstepTimes(times, recording.fractions, stepper.substeps)
         linearisation = stepper.linearisation if is_kept or has_table else None
-        problem = Problem(scheme, grid, substeps, is_kept, linearisation)
+        system = System(scheme, substep_times, substeps, is_kept, linearisation)
         trajectory = Trajectory(
-            *(problem, solution(recording.values, problem), jnp.asarray(t0)),
+            *(system, solution(recording.values, system), jnp.asarray(t0)),
             *(recording.last_ts, final_state.y, recording.points),
         )
         tfinal, yfinal, result = trajectory.t1, trajectory.y1, final_state.result
@@ -482,14 +482,14 @@ def _at_event(event, call, recording, trajectory, result):
 
 
 def _dense(final_state, trajectory, stepper, num_steps):
-    problem = trajectory.problem
-    starts, _ = problem.of_substeps(problem.substeps.kept[:: stepper.substeps])
+    system = trajectory.system
+    starts, _ = system.of_substeps(system.substeps.kept[:: stepper.substeps])
     index = jnp.arange(len(starts) + 1, dtype=jnp.int32)
     ts = jnp.where(index < num_steps, jnp.append(starts, trajectory.t1), jnp.inf)
     ts = jnp.where(index == num_steps, trajectory.t1, ts)
     return dataclasses.replace(
         final_state,
         dense_ts=ts,
-        dense_infos=stepper.grouped(trajectory.dense_infos(), problem.grid.fractions),
+        dense_infos=stepper.grouped(trajectory.dense_infos(), system.times.fractions),
         dense_save_index=num_steps,
     )

@@ -28,8 +28,8 @@ def save(
     `save_state` is what Diffrax has allocated for it. The solution ends at `tfinal`
     with the value `yfinal`: at an event, where it failed, or at the intended end `t1`.
     """
-    problem, values = trajectory.problem, trajectory.values
-    t0, scheme = trajectory.t0, problem.scheme
+    system, values = trajectory.system, trajectory.values
+    t0, scheme = trajectory.t0, system.scheme
     # One item for each kind of thing that is saved: which ones really are, where to,
     # and what.
     saved, indices, ts, ys = [], [], [], []
@@ -46,7 +46,7 @@ def save(
     # Without the last step, which ends with `yfinal`.
     if subsaveat.steps > 0:
         # All substeps are kept.
-        all_ys, substeps = values.kept.at.ys, problem.grid.per_step
+        all_ys, substeps = values.kept.at.ys, system.times.per_step
         max_steps = len(all_ys) // substeps
         steps = subsaveat.steps * jnp.arange(
             1, -(-max_steps // subsaveat.steps), dtype=jnp.int32
@@ -54,8 +54,8 @@ def save(
         last = substeps * steps - 1
         is_saved = steps < num_steps
         num_saved_steps = jnp.sum(is_saved, dtype=jnp.int32)
-        after, _ = problem.of_substeps(last + 1)
-        _, ends = problem.of_substeps(last)
+        after, _ = system.of_substeps(last + 1)
+        _, ends = system.of_substeps(last)
         ends = jnp.where(is_saved, lax.stop_gradient(ends), jnp.inf)
         index = num_t0 + jnp.arange(len(steps), dtype=jnp.int32)
         if subsaveat.ts is not None:

@@ -7,6 +7,7 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from diffrax import (
     AbstractStepSizeController,
     ClipStepSizeController,
@@ -17,6 +18,7 @@ from jaxtyping import Array, Int, Real
 
 from .._custom_types import IntScalarLike, PyTree, RealScalarLike
 from .._time_axis import place_in
+from .._window import grid_time, time_at
 
 
 class AbstractTimes(eqx.Module):
@@ -150,3 +152,66 @@ def advance(
         return (steps_completed + steps, *fixed)
     else:
         return state + steps
+
+
+class SubstepTimes(eqx.Module):
+    """When all substeps begin and end.
+
+    **Attributes:**
+
+    - `times`: when steps do.
+    - `fractions`: when the substeps of these do. `None` if they are equally long.
+    - `per_step`: how many of them are a step.
+    """
+
+    times: AbstractTimes
+    fractions: Real[Array, "steps substeps_plus_1"] | None
+    per_step: int = eqx.field(static=True)
+    # With which of the steps `fractions` begin.
+    first: IntScalarLike = 0
+
+    def __call__(
+        self, index: Int[Array, "*shape"], number: Int[Array, ""]
+    ) -> tuple[Array, Array]:
+        """If there are this many. All others have length zero."""
+        n = self.per_step
+        step, substep = jnp.divmod(jnp.minimum(index, last_of(number)), n)
+        t0, t1 = self.times(step)
+        if self.fractions is not None:
+            row = jnp.maximum(step - self.first, 0)
+            fractions = (self.fractions[row, i] for i in (substep, substep + 1))
+            t0, t1 = (time_at(t0, t1, fraction) for fraction in fractions)
+        elif n > 1:
+            t0, t1 = (grid_time(t0, t1, n, i) for i in (substep, substep + 1))
+        return jnp.where(index < number, t0, t1), t1
+
+    def split(self, number: Int[Array, ""], chunks: int, per_chunk: int):
+        """What is stored of the steps of each chunk, of so many substeps. Behind the
+        last step that is what is stored of this one."""
+        steps = per_chunk // self.per_step
+        last = last_of(number) // self.per_step
+        index = jnp.arange(chunks * steps, dtype=jnp.int32)
+
+        def rows(x):
+            padding = [(0, len(index) - len(x))] + [(0, 0)] * (x.ndim - 1)
+            x = jnp.where(
+                jnp.expand_dims(index <= last, range(1, x.ndim)),
+                jnp.pad(x, padding),
+                x[last],
+            )
+            return x.reshape(chunks, steps, *x.shape[1:])
+
+        return jtu.tree_map(rows, lax.stop_gradient((self.times.rows, self.fractions)))
+
+    def part(self, first: Int[Array, ""], rows: PyTree[Array]) -> "SubstepTimes":
+        """The same, where `rows` are those from this substep on, with which a step
+        begins, and no others matter."""
+        step = first // self.per_step
+        of_times, fractions = rows
+        return SubstepTimes(
+            self.times.part(step, of_times), fractions, self.per_step, step
+        )
+
+
+def last_of(number: Int[Array, ""]) -> Int[Array, ""]:
+    return jnp.maximum(number, 1) - 1

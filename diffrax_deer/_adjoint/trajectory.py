@@ -13,13 +13,13 @@ from diffrax import AbstractLocalInterpolation
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Real
 
-from .._custom_types import IntScalarLike, PyTree
+from .._custom_types import PyTree
 from .._implicit import as_known, implicit_solution, with_zeros, without_gradient
 from .._method import AbstractMethod
 from .._scan import AbstractScan
 from .._time_axis import at as at_index, divided, place_in
-from .._window import Discretisation, grid_time, Iterate, Scheme, time_at
-from .times import AbstractTimes
+from .._window import Discretisation, Iterate, Scheme
+from .times import last_of, SubstepTimes
 
 
 # Into how many parts chunks are divided, and these again.
@@ -57,18 +57,18 @@ class Substeps(eqx.Module):
     - `number`: how many there are.
     - `kept`: which of these are kept, in order. Followed by numbers that are larger
         than that of any substep.
-    - `are_all_kept`: whether `kept` are all of them.
+    - `keeps_all`: whether `kept` are all of them.
     - `per_chunk`: how many of them are differentiated at once.
     """
 
     number: Int[Array, ""]
     kept: Int[Array, " kept"]
-    are_all_kept: bool = eqx.field(static=True)
+    keeps_all: bool = eqx.field(static=True)
     per_chunk: int = eqx.field(static=True)
 
     @property
     def last(self) -> Int[Array, ""]:
-        return _last(self.number)
+        return last_of(self.number)
 
     def split(self, xs: PyTree[Array]) -> PyTree[Array]:
         """The same, with an axis for the chunks."""
@@ -88,63 +88,6 @@ class Substeps(eqx.Module):
         return jnp.where(is_kept, place.astype(jnp.int32), beyond)
 
 
-class Grid(eqx.Module):
-    """When all substeps begin and end.
-
-    **Attributes:**
-
-    - `times`: when steps do.
-    - `fractions`: when the substeps of these do. `None` if they are equally long.
-    - `per_step`: how many of them are a step.
-    """
-
-    times: AbstractTimes
-    fractions: Real[Array, "steps substeps_plus_1"] | None
-    per_step: int = eqx.field(static=True)
-    # With which of the steps `fractions` begin.
-    first: IntScalarLike = 0
-
-    def __call__(
-        self, index: Int[Array, "*shape"], number: Int[Array, ""]
-    ) -> tuple[Array, Array]:
-        """If there are this many. All others have length zero."""
-        n = self.per_step
-        step, substep = jnp.divmod(jnp.minimum(index, _last(number)), n)
-        t0, t1 = self.times(step)
-        if self.fractions is not None:
-            row = jnp.maximum(step - self.first, 0)
-            fractions = (self.fractions[row, i] for i in (substep, substep + 1))
-            t0, t1 = (time_at(t0, t1, fraction) for fraction in fractions)
-        elif n > 1:
-            t0, t1 = (grid_time(t0, t1, n, i) for i in (substep, substep + 1))
-        return jnp.where(index < number, t0, t1), t1
-
-    def split(self, number: Int[Array, ""], chunks: int, per_chunk: int):
-        """What is stored of the steps of each chunk, of so many substeps. Behind the
-        last step that is what is stored of this one."""
-        steps = per_chunk // self.per_step
-        last = _last(number) // self.per_step
-        index = jnp.arange(chunks * steps, dtype=jnp.int32)
-
-        def rows(x):
-            padding = [(0, len(index) - len(x))] + [(0, 0)] * (x.ndim - 1)
-            x = jnp.where(
-                jnp.expand_dims(index <= last, range(1, x.ndim)),
-                jnp.pad(x, padding),
-                x[last],
-            )
-            return x.reshape(chunks, steps, *x.shape[1:])
-
-        return jtu.tree_map(rows, lax.stop_gradient((self.times.rows, self.fractions)))
-
-    def part(self, first: Int[Array, ""], rows: PyTree[Array]) -> "Grid":
-        """The same, where `rows` are those from this substep on, with which a step
-        begins, and no others matter."""
-        step = first // self.per_step
-        of_times, fractions = rows
-        return Grid(self.times.part(step, of_times), fractions, self.per_step, step)
-
-
 class Linearisation(eqx.Module):
     """How the equations of known substeps are linearised and solved."""
 
@@ -153,13 +96,13 @@ class Linearisation(eqx.Module):
     sharding: NamedSharding | None = eqx.field(static=True)
 
 
-class Problem(eqx.Module):
+class System(eqx.Module):
     """All that the solution depends on, once every decision has been made.
 
     **Attributes:**
 
     - `scheme`: the differential equation and the solver.
-    - `grid`: when its substeps begin and end.
+    - `times`: when its substeps begin and end.
     - `substeps`: which of them there are.
     - `is_kept`: whether the substeps have been kept. If not then they are made again.
     - `linearisation`: how they are differentiated by their equations, or `None` if they
@@ -167,14 +110,14 @@ class Problem(eqx.Module):
     """
 
     scheme: Scheme
-    grid: Grid
+    times: SubstepTimes
     substeps: Substeps
     is_kept: bool = eqx.field(static=True)
     linearisation: Linearisation | None
 
     def of_substeps(self, index: Int[Array, "*shape"]) -> tuple[Array, Array]:
         """When substeps begin and end. Those that are not used have length zero."""
-        return self.grid(index, self.substeps.number)
+        return self.times(index, self.substeps.number)
 
     @property
     def sharding(self) -> NamedSharding | None:
@@ -194,7 +137,9 @@ class Problem(eqx.Module):
         is the last value of all."""
         of_all = divided(self.substeps.of_chunk(index), self.sharding)
         number = self.substeps.number
-        t0s, t1s = self.grid.part(self.substeps.per_chunk * index, rows)(of_all, number)
+        t0s, t1s = self.times.part(self.substeps.per_chunk * index, rows)(
+            of_all, number
+        )
         scheme, how = self.scheme, self.linearisation
         part = Discretisation(
             *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
@@ -219,16 +164,16 @@ class Problem(eqx.Module):
         return Rows(whole.starts, whole.at)
 
 
-def solution(values: Values, problem: Problem) -> Values:
-    """The solution, as a function of the problem. Its values must be known already."""
-    y0 = problem.scheme.ravel(problem.scheme.y0)
-    substeps, is_kept = problem.substeps, problem.is_kept
+def solution(values: Values, system: System) -> Values:
+    """The solution, as a function of the system. Its values must be known already."""
+    y0 = system.scheme.ravel(system.scheme.y0)
+    substeps, is_kept = system.substeps, system.is_kept
     assert values.chunks is not None
-    rows = problem.grid.split(substeps.number, len(values.chunks), substeps.per_chunk)
+    rows = system.times.split(substeps.number, len(values.chunks), substeps.per_chunk)
     xs = _of_chunks(values, rows, substeps, is_kept)
     # Vector fields may close over what is being differentiated.
     chunk = eqx.filter_closure_convert(
-        *(problem.chunk, jnp.array(0, jnp.int32)),
+        *(system.chunk, jnp.array(0, jnp.int32)),
         *jtu.tree_map(lambda x: x[0], xs),
         y0,
     )
@@ -275,7 +220,7 @@ def _(primals, tangents, *, is_kept, needs_chunks):
         t_chunks, t_kept, t_last = t_values.chunks, t_values.kept, t_values.last
         if needs_chunks:
             t_chunks = t_chunks.at[index].add(t_start)
-        if substeps.are_all_kept:
+        if substeps.keeps_all:
             place = index
         else:
             place = substeps.places(substeps.of_chunk(index))
@@ -294,7 +239,7 @@ def _(primals, tangents, *, is_kept, needs_chunks):
 
     zeros = lambda x: jtu.tree_map(jnp.zeros_like, x)
     t_y0, t_kept, t_last = with_zeros(t_y0, y0), zeros(values.kept), zeros(values.last)
-    if substeps.are_all_kept:
+    if substeps.keeps_all:
         t_kept = substeps.split(t_kept)
     # If there is no substep at all.
     t_last = eqx.tree_at(lambda r: (r.starts, r.at.ys), t_last, (t_y0, t_y0))
@@ -306,7 +251,7 @@ def _(primals, tangents, *, is_kept, needs_chunks):
     xs = _of_chunks(values, rows, substeps, is_kept)
     # Wherever a scan skips something, it has to copy its carry. If that is little then
     # it is quicker to compile, and for higher derivatives to run.
-    loop = linear_loop if substeps.are_all_kept else scan_used
+    loop = linear_loop if substeps.keeps_all else scan_used
     _, t_values, _ = loop(body, carry, xs, num_used)
     if not needs_chunks:
         values = _without_chunks(values)
@@ -424,10 +369,6 @@ def scan_used(
     return make(carry, first, xs, first)
 
 
-def _last(number: Int[Array, ""]) -> Int[Array, ""]:
-    return jnp.maximum(number, 1) - 1
-
-
 def _length(xs: PyTree[Array]) -> int:
     return len(jtu.tree_leaves(xs)[0])
 
@@ -453,7 +394,7 @@ class Trajectory(eqx.Module):
     - `points`: what need not be interpolated, as it is known already.
     """
 
-    problem: Problem
+    system: System
     values: Values
     t0: Real[Array, ""]
     last_ts: tuple[Real[Array, ""], Real[Array, ""]]
@@ -463,32 +404,32 @@ class Trajectory(eqx.Module):
     @property
     def t1(self) -> Real[Array, ""]:
         _, t1 = self._last_times()
-        return jnp.where(self.problem.substeps.number == 0, self.t0, t1)
+        return jnp.where(self.system.substeps.number == 0, self.t0, t1)
 
     @property
     def y1(self) -> PyTree[Array]:
-        y1 = self.problem.scheme.unravel(self.values.last.at.ys)
+        y1 = self.system.scheme.unravel(self.values.last.at.ys)
         return as_known(self.last_y, y1)
 
     def at_last(self) -> AbstractLocalInterpolation:
         """The interpolation over the last substep."""
-        index = self.problem.substeps.last
+        index = self.system.substeps.last
         rows = jtu.tree_map(lambda x: x[None], self.values.last)
         t0, t1 = self._last_times()
         infos = self._infos(index[None], rows, (t0[None], t1[None]))
         info = jtu.tree_map(lambda x: x[0], infos)
-        return self.problem.scheme.interpolation(t0, t1, info)
+        return self.system.scheme.interpolation(t0, t1, info)
 
     def dense_infos(self) -> PyTree[Array]:
         """What Diffrax keeps for dense output, of all substeps that are kept."""
-        kept = self.problem.substeps.kept
-        return self._infos(kept, self.values.kept, self.problem.of_substeps(kept))
+        kept = self.system.substeps.kept
+        return self._infos(kept, self.values.kept, self.system.of_substeps(kept))
 
     def evaluate(self, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, in substeps that are kept."""
-        kept, of_substeps = self.problem.substeps.kept, self.problem.of_substeps
+        kept, of_substeps = self.system.substeps.kept, self.system.of_substeps
         times = lax.stop_gradient(of_substeps(kept))
-        starts, ends = divided(times, self.problem.sharding)
+        starts, ends = divided(times, self.system.sharding)
         index = _which(starts, ends, ts)
         of_kept = lambda x: jtu.tree_map(lambda x: x[index], x)
         # Whichever is less. (Some solvers have to make their steps again.)
@@ -499,14 +440,14 @@ class Trajectory(eqx.Module):
         else:
             t0s, t1s = of_substeps(kept[index])
             infos = self._infos(kept[index], of_kept(self.values.kept), (t0s, t1s))
-        return self.problem.scheme.evaluate(ts, t0s, t1s, infos)
+        return self.system.scheme.evaluate(ts, t0s, t1s, infos)
 
     def at_points(self, ts: Real[Array, " times"], ys: PyTree[Array]) -> PyTree[Array]:
         """`ys`, found by `evaluate`. At those `ts` that have been saved on the way, the
         value is known."""
         if self.points is None:
             return ys
-        known, scheme = self.points, self.problem.scheme
+        known, scheme = self.points, self.system.scheme
         rows = known.ys.reshape(-1, known.ys.shape[-1])[: len(known.ts)]
         if len(ts) != len(known.ts):
             # They are among those of other `SubSaveAt`s.
@@ -514,18 +455,18 @@ class Trajectory(eqx.Module):
         return as_known(lax.stop_gradient(scheme.unravel_all(rows)), ys)
 
     def _last_times(self):
-        times = self.problem.of_substeps(self.problem.substeps.last)
+        times = self.system.of_substeps(self.system.substeps.last)
         return as_known(self.last_ts, times)
 
     def _infos(self, index, rows, ts):
         # What is not used must nonetheless be finite.
-        is_used = index < self.problem.substeps.number
+        is_used = index < self.system.substeps.number
         y1 = self.values.last.at.ys[None]
         starts = jnp.where(is_used[:, None], rows.starts, y1)
         ys = jnp.where(is_used[:, None], rows.at.ys, y1)
         at = Iterate(ys, jnp.where(is_used[:, None, None, None], rows.at.ks, 0))
         t0s, t1s = ts
-        scheme = self.problem.scheme
+        scheme = self.system.scheme
         return scheme.outputs(scheme.inputs(t0s, t1s), starts, at, None).dense_info
 
 
