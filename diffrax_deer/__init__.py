@@ -6,6 +6,11 @@ from ._collocation import (
     GaussLegendre as GaussLegendre,
     RadauIIA as RadauIIA,
 )
+from ._deer_scan import (
+    deer_scan as deer_scan,
+    deer_scan_solution as deer_scan_solution,
+    ScanSolution as ScanSolution,
+)
 from ._diagnose import diagnose as diagnose, Report as Report
 from ._grid import (
     AbstractGrid as AbstractGrid,
@@ -29,11 +34,6 @@ from ._method import (
     Picard as Picard,
     QuasiDEER as QuasiDEER,
     QuasiELK as QuasiELK,
-)
-from ._recurrence import (
-    deer_scan as deer_scan,
-    deer_scan_solution as deer_scan_solution,
-    ScanSolution as ScanSolution,
 )
 from ._scan import (
     AbstractScan as AbstractScan,

@@ -547,7 +547,7 @@ def _stability(window: AbstractWindow, A: Array, J: Array) -> tuple[Array, Array
     """By what factor the substeps amplify perturbations where the differential equation
     does not, and how many time scales they are long: the largest of each."""
     size = A.shape[-1]
-    if window.stages == (0, 0) or size == 0:
+    if window.stage_shape == (0, 0) or size == 0:
         # Nothing is known of what is inside of a substep.
         return jnp.array(jnp.nan, A.dtype), jnp.array(jnp.nan, A.dtype)
     # Of the increments of all stages, which are in proportion to the step size.

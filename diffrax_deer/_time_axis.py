@@ -35,7 +35,7 @@ def after(x: Shaped[Array, "substeps ..."], last: Array | float = 0) -> Array:
     return jnp.where(_is_at(x, len(x) - 1), last, moved)
 
 
-def at(x: Shaped[Array, "substeps ..."], index: IntScalarLike) -> Array:
+def at_index(x: Shaped[Array, "substeps ..."], index: IntScalarLike) -> Array:
     """What is at one of them."""
     # A sum, of one term that is not zero, as devices would have to exchange more to
     # look it up.
@@ -44,7 +44,7 @@ def at(x: Shaped[Array, "substeps ..."], index: IntScalarLike) -> Array:
 
 def last(x: Shaped[Array, "substeps ..."], sharding: NamedSharding | None) -> Array:
     """What is at the last one."""
-    return x[-1] if sharding is None else at(x, len(x) - 1)
+    return x[-1] if sharding is None else at_index(x, len(x) - 1)
 
 
 def with_last(

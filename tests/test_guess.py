@@ -20,7 +20,7 @@ from diffrax_deer import (
     NestedGuess,
     SolutionGuess,
 )
-from diffrax_deer._guess._coarse_grid import coarse_grid
+from diffrax_deer._guess.coarse_grid import coarse_grid
 from diffrax_deer._window import Discretisation, Iterate
 
 from .helpers import (

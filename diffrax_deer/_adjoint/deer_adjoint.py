@@ -23,7 +23,7 @@ from .._checks import check_one_step_solver, check_optional_int, check_state
 from .._custom_types import Args, RealScalarLike, Terms
 from .._failure import error_if_any, NONFINITE, TOO_MANY_ITERATIONS
 from .._grid import AdaptiveGrid
-from .._implicit import is_sequential, share_read, without_gradient
+from .._implicit import differentiates_in_turn, share_read, without_gradient
 from .._solver import DeerSolver
 from .._window import Discretisation, has_tree, leaves_read, ravel, Scheme
 from .event import event_time
@@ -195,7 +195,7 @@ class DeerAdjoint(AbstractAdjoint):
             times = None
         y0 = ravel(y0, y0)
         # Or else substeps are made again for their derivatives.
-        is_kept = not is_sequential(scheme.is_explicit, sharding)
+        is_kept = not differentiates_in_turn(scheme.is_explicit, sharding)
         has_table = not is_kept and _has_table(scheme, t0, init_state.tnext)
         stepper = self._stepper(
             *(solver, stepsize_controller, times, event, max_steps, scheme.read(y0)),

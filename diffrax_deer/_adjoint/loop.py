@@ -21,7 +21,7 @@ from diffrax import is_okay, is_successful, RESULTS
 from jaxtyping import Array, Bool, Int, Real
 
 from .._custom_types import PyTree, RealScalarLike
-from .._time_axis import at as at_index, before
+from .._time_axis import at_index, before
 from .._window import Iterate, Scheme
 from .event import event_values, first_crossing
 from .stepper import AbstractStepper, Made, MergedWindows

@@ -17,7 +17,7 @@ from .._custom_types import PyTree
 from .._implicit import as_known, implicit_solution, with_zeros, without_gradient
 from .._method import AbstractMethod
 from .._scan import AbstractScan
-from .._time_axis import at as at_index, divided, place_in
+from .._time_axis import at_index, divided, place_in
 from .._window import Discretisation, Iterate, Scheme
 from .times import last_of, SubstepTimes
 

@@ -47,7 +47,7 @@ AutoGuess.__init__.__doc__ = """**Arguments:** None"""
 def _pick(problem: Discretisation) -> AbstractGuess:
     if jax.default_backend() == "cpu" and problem.sharding is None:
         return CoarseGuess()
-    parts, stages = problem.window.stages
+    parts, stages = problem.window.stage_shape
     entries = max(parts * stages, 1) * problem.window.y0.size**2
     most = max(_SMALL // max(entries, 1), _SHORT)
     levels, substeps = 0, problem.substeps

@@ -7,8 +7,8 @@ from .._checks import check_one_step_solver, check_optional_int
 from .._custom_types import IntScalarLike
 from .._state import DeerState
 from .._window import Discretisation, Iterate
-from ._coarse_grid import coarse_grid, unless_constant_is_better
 from .base import AbstractGuess, Solve
+from .coarse_grid import coarse_grid, unless_constant_is_better
 
 
 class CoarseGuess(AbstractGuess):

@@ -7,9 +7,9 @@ from .._checks import check_instance, check_positive_int
 from .._custom_types import IntScalarLike
 from .._state import DeerState
 from .._window import Discretisation, Iterate
-from ._coarse_grid import unless_constant_is_better
 from .auto import AutoGuess
 from .base import AbstractGuess, Solve
+from .coarse_grid import unless_constant_is_better
 
 
 class ExtrapolationGuess(AbstractGuess):

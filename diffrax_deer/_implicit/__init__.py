@@ -1,4 +1,7 @@
-from .linear import is_sequential as is_sequential, share_read as share_read
+from .linear import (
+    differentiates_in_turn as differentiates_in_turn,
+    share_read as share_read,
+)
 from .solution import (
     as_known as as_known,
     implicit_solution as implicit_solution,

@@ -43,7 +43,7 @@ def linear_solve(
     window: AbstractWindow, at: Iterate, method: AbstractMethod, scan: AbstractScan
 ) -> _Solve:
     """Picks the one that suits the platform and the method."""
-    if is_sequential(window.is_explicit, window.sharding):
+    if differentiates_in_turn(window.is_explicit, window.sharding):
         nothing = eqx.filter(window, False)
         return lambda start, b: window.derivative(at, nothing, start, b)
     system = linearised(window, at, method)
@@ -64,7 +64,7 @@ def linearised(
     return window.eliminate(jacobians())
 
 
-def is_sequential(is_explicit: bool, sharding: NamedSharding | None) -> bool:
+def differentiates_in_turn(is_explicit: bool, sharding: NamedSharding | None) -> bool:
     """Whether substeps are differentiated one after the other, as nothing is gained
     from more work at once."""
     return jax.default_backend() == "cpu" and is_explicit and sharding is None
@@ -139,7 +139,7 @@ def iterative(window: AbstractWindow, at: Iterate, roughly: _Solve) -> _Solve:
     length = ravel_pytree(at)[0]
     moved_T = lambda x: jax.linear_transpose(moved, length)(x)[0]
     rough_T = lambda b: jax.linear_transpose(rough, length)(b)[0]
-    unknowns = len(at.ys) * (1 + window.stages[1])
+    unknowns = len(at.ys) * (1 + window.stage_shape[1])
 
     def solve(start, b):
         b = jtu.tree_map(jnp.add, b, jvp(start, none))

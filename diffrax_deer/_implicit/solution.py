@@ -18,7 +18,7 @@ from .._method import AbstractMethod
 from .._scan import AbstractScan
 from .._time_axis import last, with_last
 from .._window import AbstractWindow, Iterate
-from .linear import is_sequential, linear_solve, share_read
+from .linear import differentiates_in_turn, linear_solve, share_read
 
 
 _T = TypeVar("_T")
@@ -49,7 +49,7 @@ def _(primals, tangents, *, method, scan):
     # The value at the start is dealt with by the solve.
     t_start = with_zeros(t_window.y0, window.y0)
     t_window = eqx.tree_at(lambda w: w.y0, t_window, None, is_leaf=_is_none)
-    one_by_one = is_sequential(window.is_explicit, window.sharding)
+    one_by_one = differentiates_in_turn(window.is_explicit, window.sharding)
     if one_by_one and 1 <= share_read(window, t_window) < math.inf:
         # An evaluation for each substep serves all of its derivatives.
         return at, window.derivative(at, t_window, t_start, None)

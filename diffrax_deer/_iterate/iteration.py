@@ -121,7 +121,7 @@ class Iteration(eqx.Module):
         """How many iterations there are at most."""
         if self.max_iters is None:
             # One unknown after the other becomes exact, at least. One more to see it.
-            _, stages = self.window.stages
+            _, stages = self.window.stage_shape
             return len(at.ys) * (stages + 1) + 1
         return self.max_iters
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._time_axis import at as at_index, first_of
+from .._time_axis import at_index, first_of
 from .._window import AbstractWindow, Iterate
 
 

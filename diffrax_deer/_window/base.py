@@ -78,7 +78,7 @@ class AbstractWindow(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def stages(self) -> tuple[int, int]:
+    def stage_shape(self) -> tuple[int, int]:
         """How many parts and stages are unknown in each substep."""
 
     @property
@@ -155,7 +155,9 @@ class AbstractWindow(eqx.Module):
     def zeros(self, substeps: int) -> Iterate:
         """What the unknowns look like."""
         ys = jnp.zeros((substeps, self.y0.size), self.y0.dtype)
-        return Iterate(ys, jnp.zeros((substeps, *self.stages, self.y0.size), ys.dtype))
+        return Iterate(
+            ys, jnp.zeros((substeps, *self.stage_shape, self.y0.size), ys.dtype)
+        )
 
     @property
     def core(self) -> "AbstractWindow":

@@ -50,7 +50,7 @@ class AbstractMapWindow(AbstractWindow):
     """Every substep is a map of which nothing is known but its values."""
 
     @property
-    def stages(self) -> tuple[int, int]:
+    def stage_shape(self) -> tuple[int, int]:
         return 0, 0
 
     @property

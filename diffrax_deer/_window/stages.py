@@ -79,7 +79,7 @@ class StageWindow(AbstractWindow):
     tableau: Tableau = eqx.field(static=True)
 
     @property
-    def stages(self) -> tuple[int, int]:
+    def stage_shape(self) -> tuple[int, int]:
         return self.tableau.parts, self.tableau.stages
 
     @property
