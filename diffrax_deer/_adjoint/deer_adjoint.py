@@ -27,7 +27,7 @@ from .._implicit import differentiates_in_turn, share_read, without_gradient
 from .._solver import DeerSolver
 from .._window import Discretisation, has_tree, leaves_read, ravel, Scheme
 from .event import event_time
-from .loop import Layout, record, Recording, unmerged
+from .loop import Layout, record, Recording
 from .save import save
 from .stepper import (
     AbstractStepper,
@@ -262,7 +262,7 @@ class DeerAdjoint(AbstractAdjoint):
                 *(num_steps, args),
             )
 
-        final_state = unmerged(stepper, init_state, final_state, num_steps)
+        final_state = stepper.end(init_state, final_state, num_steps)
         final_state = dataclasses.replace(
             final_state,
             y=yfinal,
@@ -445,15 +445,8 @@ def _is_subsaveat(x):
 
 def _num_steps(stepper: AbstractStepper, recording: Recording) -> Int[Array, ""]:
     """How many steps have been made, until the event if there was one."""
-    before = stepper.steps * jnp.maximum(recording.num_windows - 1, 0)
-    if isinstance(stepper, MergedWindows):
-        # The last window may extend beyond the end, by steps of length zero.
-        index = before + jnp.arange(stepper.steps, dtype=jnp.int32)
-        t0s, t1s = stepper.times(index)
-        made = before + jnp.sum(t0s < t1s, dtype=jnp.int32)
-    else:
-        made = recording.num_windows
-    made = jnp.where(recording.num_windows == 0, 0, made)
+    before = stepper.steps * (recording.num_windows - 1)
+    made = stepper.num_steps(recording.num_windows)
     until_event = before + recording.event_substep // stepper.substeps + 1
     return jnp.where(recording.had_event, until_event, made)
 

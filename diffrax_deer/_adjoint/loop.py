@@ -24,7 +24,7 @@ from .._custom_types import PyTree, RealScalarLike
 from .._time_axis import at_index, before
 from .._window import Iterate, Scheme
 from .event import event_values, first_crossing
-from .stepper import AbstractStepper, Made, MergedWindows
+from .stepper import AbstractStepper, Made
 from .times import almost
 from .trajectory import Points, Rows, Values
 
@@ -42,6 +42,7 @@ class Layout(eqx.Module):
     **Attributes:**
 
     - `max_windows`: that is, windows that were accepted.
+    - `window_size`: how many substeps each of them has.
     - `chunk`: how many substeps are differentiated at once.
     - `keeps_all`: whether all substeps are kept, or only those that are asked for.
     - `ts`: at which times the solution is asked for, in order. None of them if there is
@@ -135,8 +136,8 @@ def record(
     t1: RealScalarLike,
     progress_meter: Any,
 ) -> tuple[Recording, Any]:
-    """Makes all steps. `init_state` is what Diffrax begins with, and what it ends with
-    is returned as well."""
+    """Makes all windows. `init_state` is what Diffrax begins with. Returned is what its
+    loop would have ended with as well, if every window was a step."""
     controller = stepper.chosen_by
     solver_state, controller_state, tnext = stepper.init(
         *(scheme, init_state.solver_state, init_state.controller_state),
@@ -263,7 +264,7 @@ def record(
         tprev=state.tprev,
         tnext=state.tnext,
         made_jump=state.made_jump,
-        solver_state=stepper.end(state.solver_state),
+        solver_state=state.solver_state,
         controller_state=state.controller_state,
         result=result,
         num_steps=state.num_steps,
@@ -272,28 +273,6 @@ def record(
         progress_meter_state=state.progress_meter_state,
     )
     return state.recording, final_state
-
-
-def unmerged(
-    stepper: AbstractStepper,
-    init_state: Any,
-    final_state: Any,
-    num_steps: Int[Array, ""],
-) -> Any:
-    """What Diffrax's loop would have ended with after so many steps, if windows consist
-    of several of these."""
-    if not isinstance(stepper, MergedWindows):
-        return final_state
-    solver_state, controller_state = stepper.unmerged(
-        init_state.solver_state, final_state.solver_state, num_steps
-    )
-    return dataclasses.replace(
-        final_state,
-        solver_state=lax.stop_gradient(solver_state),
-        controller_state=lax.stop_gradient(controller_state),
-        num_steps=num_steps,
-        num_accepted_steps=num_steps,
-    )
 
 
 def _made_jump(controller, controller_state, error_order, scheme, init_state):

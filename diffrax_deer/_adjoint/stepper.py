@@ -20,7 +20,7 @@ from .._scan import AutoScan
 from .._solver import DeerSolver, SolvedWindow
 from .._state import DeerState
 from .._window import controls, Iterate, Scheme, uniform_steps, with_controls
-from .times import advance, KnownTimes
+from .times import advance, KnownTimes, last_of
 from .trajectory import Linearisation
 
 
@@ -109,9 +109,14 @@ class AbstractStepper(eqx.Module):
     ) -> Made:
         """Attempts the window with this index."""
 
-    def end(self, solver_state: Any) -> Any:
-        """What Diffrax would end with."""
-        return solver_state
+    @abc.abstractmethod
+    def num_steps(self, num_windows: Int[Array, ""]) -> Int[Array, ""]:
+        """How many steps of `solver` have been made in so many windows."""
+
+    @abc.abstractmethod
+    def end(self, init_state: Any, final_state: Any, num_steps: Int[Array, ""]) -> Any:
+        """What Diffrax would have ended with after so many steps, given what it began
+        with, and what the windows have ended with."""
 
     @property
     def is_uniform(self) -> bool:
@@ -149,6 +154,9 @@ class AbstractSteps(AbstractStepper):
     def chosen_by(self) -> Any:
         return self.controller
 
+    def num_steps(self, num_windows: Int[Array, ""]) -> Int[Array, ""]:
+        return num_windows
+
     def chunk(self, scheme: Scheme, max_windows: int) -> int:
         if self.max_chunk is not None:
             chunk = self.max_chunk
@@ -164,21 +172,18 @@ class AbstractSteps(AbstractStepper):
             terms, t0, t1, y0, scheme.args, solver_state, made_jump
         )
         ks = scheme.stages(t0, t1, y0, y1, dense_info)
-        at = Iterate(scheme.ravel(y1)[None], ks[None])
         return Made(
-            *(
-                t0[None],
-                t1[None],
-                None,
-                y1,
-                y_error,
-                at,
-                state,
-                result,
-                0,
-                scheme.span,
-                scheme.interpolation(t0, t1, dense_info),
-            )
+            t0s=t0[None],
+            t1s=t1[None],
+            fractions=None,
+            y1=y1,
+            y_error=y_error,
+            at=Iterate(scheme.ravel(y1)[None], ks[None]),
+            solver_state=state,
+            result=result,
+            num_iterations=0,
+            span=scheme.span,
+            interpolation=scheme.interpolation(t0, t1, dense_info),
         )
 
     def grouped(self, dense_infos, fractions):
@@ -200,6 +205,10 @@ class SequentialSteps(AbstractSteps):
     def make(self, scheme, index, t0, t1, y0, solver_state, made_jump) -> Made:
         del index
         return self.step(scheme, scheme.terms, t0, t1, y0, solver_state, made_jump)
+
+    def end(self, init_state, final_state, num_steps):
+        del init_state, num_steps
+        return final_state
 
 
 class KnownSteps(AbstractSteps):
@@ -232,9 +241,10 @@ class KnownSteps(AbstractSteps):
         made = self.step(scheme, terms, t0, t1, y0, state, made_jump)
         return dataclasses.replace(made, solver_state=(made.solver_state, block))
 
-    def end(self, solver_state):
-        state, _ = solver_state
-        return state
+    def end(self, init_state, final_state, num_steps):
+        del init_state, num_steps
+        solver_state, _ = final_state.solver_state
+        return dataclasses.replace(final_state, solver_state=solver_state)
 
     def _block(self, scheme, first):
         """When steps begin and end, and their controls."""
@@ -302,6 +312,13 @@ class Windows(AbstractWindows):
         interpolation = self.solver.interpolation_cls(t0=t0, t1=t1, **solved.dense_info)
         return _made(solved, interpolation)
 
+    def num_steps(self, num_windows: Int[Array, ""]) -> Int[Array, ""]:
+        return num_windows
+
+    def end(self, init_state, final_state, num_steps):
+        del init_state, num_steps
+        return final_state
+
     @property
     def is_uniform(self) -> bool:
         return self.solver.grid.is_uniform
@@ -344,18 +361,22 @@ class MergedWindows(AbstractWindows):
             self.solver.solve_on(scheme.terms, *grid, y0, scheme.args, scheme.reads)
         )
 
-    def unmerged(
-        self, init_state: Any, solver_state: DeerState, num_steps: Int[Array, ""]
-    ) -> tuple[Any, Any]:
-        """The states of the solver and of the user's controller after so many steps,
-        given that of the solver before the first and after the last window."""
-        last = jnp.maximum(num_steps, 1) - 1
+    def num_steps(self, num_windows: Int[Array, ""]) -> Int[Array, ""]:
+        # The last window may extend beyond the end, by steps of length zero.
+        before = self.steps * jnp.maximum(num_windows - 1, 0)
+        t0s, t1s = self.times(before + jnp.arange(self.steps, dtype=jnp.int32))
+        made = before + jnp.sum(t0s < t1s, dtype=jnp.int32)
+        return jnp.where(num_windows == 0, 0, made)
+
+    def end(self, init_state, final_state, num_steps):
+        last, solver_state = last_of(num_steps), final_state.solver_state
 
         def last_step(ys):
             index = (last % self.steps) * self.substeps
             return lax.dynamic_slice_in_dim(ys, index, self.substeps)
 
-        t0, t1 = self.times(last)
+        times = self.times
+        t0, t1 = times(last)
         new_state = DeerState(
             t0=t0,
             t1=t1,
@@ -364,10 +385,18 @@ class MergedWindows(AbstractWindows):
             sequential_evaluations=solver_state.sequential_evaluations,
         )
         new_state = jtu.tree_map(
-            lambda x, y: jnp.where(num_steps == 0, x, y), init_state, new_state
+            lambda x, y: jnp.where(num_steps == 0, x, y),
+            init_state.solver_state,
+            new_state,
         )
-        times = self.times
-        return new_state, advance(times.controller, times.controller_state, num_steps)
+        controller_state = advance(times.controller, times.controller_state, num_steps)
+        return dataclasses.replace(
+            final_state,
+            solver_state=lax.stop_gradient(new_state),
+            controller_state=lax.stop_gradient(controller_state),
+            num_steps=num_steps,
+            num_accepted_steps=num_steps,
+        )
 
 
 def _made(
@@ -375,17 +404,17 @@ def _made(
 ) -> Made:
     state = solved.state
     return Made(
-        *(
-            solved.problem.t0s,
-            solved.problem.t1s,
-            state.fractions,
-            solved.y1,
-            solved.y_error,
-            solved.whole.at,
-            state,
-        ),
-        *(solved.result, state.num_iterations, state.sequential_evaluations),
-        interpolation,
+        t0s=solved.problem.t0s,
+        t1s=solved.problem.t1s,
+        fractions=state.fractions,
+        y1=solved.y1,
+        y_error=solved.y_error,
+        at=solved.whole.at,
+        solver_state=state,
+        result=solved.result,
+        num_iterations=state.num_iterations,
+        span=state.sequential_evaluations,
+        interpolation=interpolation,
     )
 
 
