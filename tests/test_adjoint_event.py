@@ -153,3 +153,58 @@ def test_events_are_those_of_diffrax(solver, controller, adjoint, root_finder):
             # Diffrax then saves the last step twice.
             del saved["all"], expected["all"]
         assert max_error(saved, expected) < 1e-9
+
+
+def test_bisection():
+    # Which raises an error where there is no root.
+    bisection = optx.Bisection(1e-10, 1e-10)
+    decay = ODETerm(lambda t, y, args: -y)
+
+    def solve(y0, cond_fn):
+        sol = diffeqsolve(
+            *(decay, heun, 0, 2, 0.1, y0),
+            event=diffrax.Event(lambda t, y, args, **kwargs: cond_fn(y), bisection),
+            adjoint=DeerAdjoint(),
+        )
+        return sol.ts[0], sol.event_mask
+
+    half = lambda y: y - 0.5
+    for cond_fn, t, occurs in (
+        (lambda y: y + 1.0, 2.0, False),
+        (lambda y: y < 0.5, 0.7, True),
+        (half, jnp.log(2.0), True),
+    ):
+        time, mask = solve(1.0, cond_fn)
+        assert max_error(time, t) < 5e-3 and mask == occurs
+    # In a batch, also where it does not occur.
+    dt_dy0 = jax.vmap(jax.value_and_grad(solve, has_aux=True), (0, None))
+    (ts, mask), derivatives = dt_dy0(jnp.array([1.0, 20.0]), half)
+    assert mask.tolist() == [True, False]
+    assert max_error(ts, jnp.array([jnp.log(2.0), 2.0])) < 5e-3
+    # Of `log(2 * y0)`.
+    assert max_error(derivatives, jnp.array([1.0, 0.0])) < 1e-2
+
+
+def test_dense_output_of_the_last_window():
+    # Of which only a part has been solved.
+    term, event = (
+        ODETerm(_oscillator),
+        diffrax.Event(lambda t, y, args, **kwargs: y[0] - 0.9, newton),
+    )
+    args, y0 = dict(a=1.0), (0.0, 1.0)
+
+    def solve(solver, dt0, adjoint):
+        return diffeqsolve(
+            *(term, solver, 0, 3, dt0, y0, args),
+            saveat=SaveAt(dense=True),
+            event=event,
+            adjoint=adjoint,
+            max_steps=32,
+        )
+
+    sol = solve(deer(bosh3, 20), 2.0, DeerAdjoint())
+    ref = solve(bosh3, 0.1, checkpointed)
+    assert max_error(sol.t1, ref.t1) < 1e-9
+    for t in (0.05, 0.63, 1.1):
+        assert max_error(sol.evaluate(t), ref.evaluate(t)) < 1e-9
+        assert max_error(sol.derivative(t), ref.derivative(t)) < 1e-9

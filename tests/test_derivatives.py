@@ -440,3 +440,32 @@ def test_as_on_a_gpu(solver, method, substeps, monkeypatch):
     assert max_error((gpu_value, gpu_grad), (value, grad)) < 1e-8
     assert gpu_span < span
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("adjoint", (DeerAdjoint(), diffrax.DirectAdjoint()))
+def test_vector_field_that_reads_nothing(adjoint):
+    # Nothing then has a derivative with respect to the state.
+    def loss(y0, rate, vector_field):
+        sol = diffeqsolve(
+            *(ODETerm(vector_field), DeerSolver(diffrax.Heun(), 4), 0, 1, 0.5, y0),
+            rate,
+            adjoint=adjoint,
+        )
+        return sol.ys[0]
+
+    gradient = jax.grad(loss, (0, 1))
+    assert gradient(1.0, 2.0, lambda t, y, rate: rate + 0 * t) == (1.0, 1.0)
+    stopped = lambda t, y, rate: jax.lax.stop_gradient(rate * y)
+    assert gradient(1.0, 2.0, stopped) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("solver", (diffrax.Heun(), DeerSolver(diffrax.Heun(), 4)))
+def test_no_step(solver):
+    def value(t0, t1, y0):
+        return diffeqsolve(
+            *(ODETerm(lambda t, y, args: -y), solver, t0, t1, 0.1, y0),
+            saveat=SaveAt(ts=jnp.array([1.0])),
+            adjoint=DeerAdjoint(),
+        ).ys[0]
+
+    assert jax.grad(value, (0, 1, 2))(1.0, 1.0, 2.0) == (0.0, 0.0, 1.0)

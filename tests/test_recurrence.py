@@ -174,6 +174,27 @@ def _random(carry, x):
     return (key, 0.9 * position + jr.normal(subkey)), position * x
 
 
+# Carries that do not depend on the ones before, as far as derivatives know.
+
+
+def _delay(carry, x):
+    return x, carry * x
+
+
+def _sign(carry, x):
+    return x * jnp.sign(carry), carry
+
+
+@pytest.mark.parametrize("f", (_delay, _sign, lambda c, x: (None, x**2)))
+@pytest.mark.parametrize("derivative", (jax.grad, jax.jacfwd))
+def test_no_memory(f, derivative):
+    xs = jnp.linspace(-1.0, 1.0, 8)
+    init = jnp.array(0.5) if f in (_delay, _sign) else None
+    loss = lambda scan: lambda xs: jnp.sum(scan(f, init, xs)[1] ** 2)
+    actual = derivative(loss(deer_scan))(xs)
+    assert max_error(actual, derivative(loss(lax.scan))(xs)) < 1e-12
+
+
 @pytest.mark.parametrize(
     "length,reverse", ((0, False), (1, True), (5, False), (5, True))
 )

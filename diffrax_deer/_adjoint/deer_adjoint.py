@@ -36,7 +36,14 @@ from .stepper import (
     SequentialSteps,
     Windows,
 )
-from .times import anchors, are_known, ChosenTimes, KnownTimes, SubstepTimes
+from .times import (
+    anchors,
+    are_known,
+    ChosenTimes,
+    KnownTimes,
+    last_of,
+    SubstepTimes,
+)
 from .trajectory import solution, Substeps, System, Trajectory
 
 
@@ -273,7 +280,9 @@ class DeerAdjoint(AbstractAdjoint):
             event_mask=None if event is None else recording.event_mask,
         )
         if saveat.dense:
-            final_state = _dense(final_state, trajectory, stepper, num_steps)
+            final_state = _dense(
+                final_state, trajectory, stepper, num_steps, recording.had_event
+            )
         stats = dict(
             num_iterations=recording.num_iterations,
             max_window_iterations=recording.max_window_iterations,
@@ -474,12 +483,15 @@ def _at_event(event, call, recording, trajectory, result):
     )
 
 
-def _dense(final_state, trajectory, stepper, num_steps):
+def _dense(final_state, trajectory, stepper, num_steps, had_event):
     system = trajectory.system
+    # Substeps after an event are missing, but are a part of the last window.
+    _, end_of_window = system.times.times(last_of(num_steps))
+    end = jnp.where(had_event, end_of_window, trajectory.t1)
     starts, _ = system.of_substeps(system.substeps.kept[:: stepper.substeps])
     index = jnp.arange(len(starts) + 1, dtype=jnp.int32)
-    ts = jnp.where(index < num_steps, jnp.append(starts, trajectory.t1), jnp.inf)
-    ts = jnp.where(index == num_steps, trajectory.t1, ts)
+    ts = jnp.where(index < num_steps, jnp.append(starts, end), jnp.inf)
+    ts = jnp.where(index == num_steps, end, ts)
     return dataclasses.replace(
         final_state,
         dense_ts=ts,

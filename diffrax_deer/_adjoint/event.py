@@ -1,5 +1,7 @@
+import itertools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -74,26 +76,34 @@ def event_time(
     interpolation: AbstractLocalInterpolation,
 ) -> tuple[Array, RESULTS]:
     """The time within the substep `[t0, t1]` at which the event in `mask` occurs."""
+    t1 = jnp.asarray(t1)
     if event.root_finder is None:
-        return jnp.asarray(t1), RESULTS.successful
+        return t1, RESULTS.successful
+
+    def values(t):
+        y = interpolation.evaluate(t)
+        return [jnp.asarray(call(fn, t, y)) for fn in _cond_fns(event)]
+
+    # Boolean ones are known to have become true some time during the substep.
+    is_float = [x.dtype != jnp.dtype(bool) for x in jax.eval_shape(values, t1)]
+    has_root = [*itertools.compress(jtu.tree_leaves(mask), is_float)]
+    if len(has_root) == 0:
+        return t1, RESULTS.successful
 
     def value(t, _):
-        y = interpolation.evaluate(t)
-        # In a batch, this is also called where no event has occurred.
-        out = t1 - t
-        for cond_fn, is_this in zip(_cond_fns(event), jtu.tree_leaves(mask)):
-            value = jnp.asarray(call(cond_fn, t, y))
-            if value.dtype == jnp.dtype(bool):
-                # Known to have become true some time during the substep.
-                value = t1 - t
-            out = jnp.where(is_this, value.astype(out.dtype), out)
+        # Also where no event has occurred there has to be a root, in the middle.
+        out = (t0 + t1) / 2 - t
+        for x, is_this in zip(itertools.compress(values(t), is_float), has_root):
+            out = jnp.where(is_this, x.astype(out.dtype), out)
         return out
 
     root = optx.root_find(
         value,
         event.root_finder,
-        y0=jnp.asarray(t1),
+        y0=t1,
         options=dict(lower=t0, upper=t1),
         throw=False,
     )
-    return root.value, RESULTS.promote(root.result)
+    is_found = jnp.any(jnp.stack(has_root))
+    result = RESULTS.where(is_found, RESULTS.promote(root.result), RESULTS.successful)
+    return jnp.where(is_found, root.value, t1), result

@@ -14,9 +14,10 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Real
 
 from .._custom_types import PyTree
-from .._implicit import as_known, implicit_solution, with_zeros, without_gradient
+from .._implicit import as_known, implicit_solution, without_gradient
 from .._method import AbstractMethod
 from .._scan import AbstractScan
+from .._tangents import with_zeros
 from .._time_axis import at_index, divided, place_in
 from .._window import Discretisation, Iterate, Scheme
 from .times import last_of, SubstepTimes

@@ -6,6 +6,5 @@ from .solution import (
     as_known as as_known,
     implicit_solution as implicit_solution,
     with_derivative as with_derivative,
-    with_zeros as with_zeros,
     without_gradient as without_gradient,
 )

@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from diffrax import RESULTS
 from jaxtyping import Array
 
@@ -16,6 +15,7 @@ from .._custom_types import PyTree
 from .._iterate import Iteration, JointSolution
 from .._method import AbstractMethod
 from .._scan import AbstractScan
+from .._tangents import with_zeros
 from .._time_axis import last, with_last
 from .._window import AbstractWindow, Iterate
 from .linear import differentiates_in_turn, linear_solve, share_read
@@ -72,12 +72,6 @@ def as_known(known: PyTree[Array], y: PyTree[Array]) -> PyTree[Array]:
 def _(primals, tangents):
     _, t_y = tangents
     return as_known(*primals), t_y
-
-
-def with_zeros(tangent: PyTree[Array | None], primal: PyTree[Array]) -> PyTree[Array]:
-    """A tangent, with zeros where it is missing."""
-    fill = lambda t, x: jnp.zeros_like(x) if t is None else t
-    return jtu.tree_map(fill, tangent, primal, is_leaf=_is_none)
 
 
 def _is_none(x):

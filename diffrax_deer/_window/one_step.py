@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
 from .._linear_algebra import Matrices
+from .._tangents import with_zeros
 from .base import AbstractElimination, AbstractWindow, Iterate
 
 
@@ -95,7 +96,8 @@ class AbstractMapWindow(AbstractWindow):
         def body(dy, inputs):
             x, t_x, y, b = inputs
             value = lambda core, x, y: core.value(x, y[None])[0, 0]
-            _, dy = eqx.filter_jvp(value, (core, x, y), (t_core, t_x, dy))
+            y1, dy = eqx.filter_jvp(value, (core, x, y), (t_core, t_x, dy))
+            dy = with_zeros(dy, y1)
             dy = dy if b is None else dy + b.ys
             return dy, dy
 

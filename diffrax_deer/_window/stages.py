@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
 from .._linear_algebra import Matrices
+from .._tangents import with_zeros
 from .._time_axis import after, before, with_last
 from .base import AbstractElimination, AbstractWindow, Iterate
 from .elimination import BlockElimination, StageElimination, weighted
@@ -218,7 +219,8 @@ class StageWindow(AbstractWindow):
                 moved = dy + jnp.sum(A[:, i] * dk, axis=(0, 1))
                 value = lambda core, x, y: core.stage(x, i, y)
                 at = core, x, points[i]
-                _, dk_i = eqx.filter_jvp(value, at, (t_core, t_x, moved))
+                k_i, dk_i = eqx.filter_jvp(value, at, (t_core, t_x, moved))
+                dk_i = with_zeros(dk_i, k_i)
                 dk_i = dk_i if b is None else dk_i + b.ks[:, i]
                 return lax.dynamic_update_index_in_dim(dk, dk_i, i, axis=1)
 
