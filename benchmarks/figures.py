@@ -12,7 +12,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from diffrax import ODETerm, Tsit5
-from diffrax_deer import ConstantGuess, DeerSolver, Discretisation
+from diffrax_deer import ConstantGuess, DeerSolver
 
 from .table import RESULTS
 
@@ -31,7 +31,7 @@ def convergence():
     ts, y0 = jnp.linspace(0, 10, 129), jnp.array([2.0, 0.0])
     solver = DeerSolver(Tsit5(), 128, guess=ConstantGuess())
     term = ODETerm(van_der_pol)
-    problem = Discretisation(solver.solver, term, None, ts[:-1], ts[1:], y0)
+    problem = solver.problem(term, ts[:-1], ts[1:], y0, None, reads=(True,))
     iteration = solver.iteration(problem)
     state = iteration.init(solver.first_guess(problem, None)[0])
     step = jax.jit(lambda state: iteration.step(state))

@@ -54,6 +54,7 @@ from ._window import (
     is_finite,
     Iterate,
     leaves_read,
+    Scheme,
     Split,
     time_at,
     uniform_steps,
@@ -247,9 +248,8 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         reads: tuple[bool, ...],
     ) -> Discretisation:
         """What is solved jointly, over any number of substeps."""
-        return Discretisation(
-            *(self.solver, terms, args, t0s, t1s, y0, reads, self.sharding)
-        )
+        scheme = Scheme(self.solver, terms, args, y0, reads)
+        return Discretisation(scheme, t0s, t1s, self.sharding)
 
     def leaves_read(
         self,

@@ -9,7 +9,8 @@ import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
 from diffrax import ODETerm
-from diffrax_deer import ConstantGuess, DeerSolver
+from diffrax_deer import ConstantGuess, DeerSolver, Discretisation
+from diffrax_deer._window import leaves_read, Scheme
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array
 
@@ -88,6 +89,11 @@ def split_problem():
     )
     y0 = (jnp.array([0.4, 1.2]), jnp.array([0.3, -0.1]))
     return terms, y0, jnp.array(0.9)
+
+
+def discretised(solver, terms, args, ts, y0):
+    reads = leaves_read(solver, terms, ts[0], ts[1], y0, args)
+    return Discretisation(Scheme(solver, terms, args, y0, reads), ts[:-1], ts[1:])
 
 
 def van_der_pol(t, y, mu):

@@ -14,12 +14,12 @@ import pytest
 from diffrax import ControlTerm, MultiTerm, ODETerm, SubSaveAt
 from diffrax_deer import DeerAdjoint
 from diffrax_deer._implicit import share_read
-from diffrax_deer._window import Discretisation
 from jax.flatten_util import ravel_pytree
 
 from .helpers import (
     deer,
     diffeqsolve,
+    discretised,
     max_error,
     problem,
     root_finder,
@@ -305,9 +305,8 @@ def _interpolated(t, y, table):
 
 def test_which_vector_fields_look_things_up():
     def is_table(vector_field, args):
-        y0, t0, t1 = jnp.array([1.0, 0.5]), jnp.array([0.0]), jnp.array([0.1])
-        term = ODETerm(vector_field)
-        window = Discretisation(tsit5, term, args, t0, t1, y0).window
+        y0, ts = jnp.array([1.0, 0.5]), jnp.array([0.0, 0.1])
+        window = discretised(tsit5, ODETerm(vector_field), args, ts, y0).window
         return share_read(window, window) < 1
 
     def by_network(t, y, net):

@@ -6,7 +6,9 @@ import pytest
 from diffrax import ODETerm
 from diffrax_deer._iterate import Convergence
 from diffrax_deer._iterate.restart import first_of, restart, too_large
-from diffrax_deer._window import Discretisation, Iterate
+from diffrax_deer._window import Iterate
+
+from .helpers import discretised
 
 
 inf, nan = jnp.inf, jnp.nan
@@ -91,7 +93,7 @@ def test_restart(first):
     y0, ts = jnp.array([7.0]), jnp.linspace(0, 1, 5)
     term = ODETerm(lambda t, y, args: -y)
     solver = diffrax.Heun()
-    window = Discretisation(solver, term, None, ts[:-1], ts[1:], y0).window
+    window = discretised(solver, term, None, ts, y0).window
     at = Iterate(jnp.arange(4.0)[:, None], jnp.ones((4, 1, 2, 1)))
     out = restart(window, at, jnp.array(first))
     expected = {0: [7, 7, 7, 7], 2: [0, 1, 1, 1], 4: [0, 1, 2, 3]}

@@ -21,10 +21,11 @@ from diffrax_deer import (
     SolutionGuess,
 )
 from diffrax_deer._guess.coarse_grid import coarse_grid
-from diffrax_deer._window import Discretisation, Iterate
+from diffrax_deer._window import Iterate
 
 from .helpers import (
     diffeqsolve,
+    discretised,
     exact,
     lorenz,
     max_error,
@@ -61,7 +62,7 @@ def _reference(mu=2.0):
 
 
 def _values(guess, term, ts, y0):
-    problem = Discretisation(tsit5, term, None, ts[:-1], ts[1:], y0)
+    problem = discretised(tsit5, term, None, ts, y0)
     solver = DeerSolver(tsit5, problem.substeps, guess=guess)
     at, _ = solver._guessed(problem, None)
     return problem.unravel_all(at.ys)

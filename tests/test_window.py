@@ -22,10 +22,17 @@ from diffrax_deer import (
     SequentialScan,
 )
 from diffrax_deer._implicit.linear import direct, iterative, linear_solve, linearised
-from diffrax_deer._window import Discretisation, Iterate, Substep, tableau_of
+from diffrax_deer._window import Iterate, Substep, tableau_of
 from jax.flatten_util import ravel_pytree
 
-from .helpers import explicit_solvers, max_error, problem, root_finder, solver_id
+from .helpers import (
+    discretised,
+    explicit_solvers,
+    max_error,
+    problem,
+    root_finder,
+    solver_id,
+)
 
 
 def _imex(solver):
@@ -74,7 +81,7 @@ def _problem(solver, substeps=5):
     else:
         terms, y0, args = problem()
     ts = jnp.linspace(0.3, 1.1, substeps + 1)
-    return Discretisation(solver, terms, args, ts[:-1], ts[1:], y0)
+    return discretised(solver, terms, args, ts, y0)
 
 
 @ft.cache
@@ -125,7 +132,7 @@ def test_first_same_as_last(solver):
     # The last three are of length zero.
     ts, y0 = jnp.array([0, 0.1, 0.3, 0.4, 0.7, 0.7, 0.7, 0.7]), jnp.array([1.0, 0.3])
     term = ODETerm(vector_field)
-    problem = Discretisation(solver, term, None, ts[:-1], ts[1:], y0)
+    problem = discretised(solver, term, None, ts, y0)
 
     def solve(**kwargs):
         count.clear()
@@ -235,7 +242,7 @@ def test_diagonal_jacobians(solver):
     if solver in imex_solvers:
         terms = diffrax.MultiTerm(terms, ODETerm(lambda t, y, args: -(y**3)))
     ts, y0 = jnp.linspace(0, 1, 5), jnp.array([1.0, 0.3, -2.0])
-    window = Discretisation(solver, terms, None, ts[:-1], ts[1:], y0).window
+    window = discretised(solver, terms, None, ts, y0).window
     at = jit(window.interpolated, jr.normal(jr.key(0), (4, 3)))
     r = _random(at, 1)
     methods = (DEER(), QuasiDEER(), QuasiDEER(samples=1, key=jr.key(3)))
@@ -262,7 +269,7 @@ def test_blocks_of_jacobians(solver):
 
     y0 = (jnp.array([1.0, 0.3, -2.0]), jnp.array([0.2, -1.0, 0.5]))
     ts = jnp.linspace(0, 1, 5)
-    problem = Discretisation(solver, ODETerm(vector_field), None, ts[:-1], ts[1:], y0)
+    problem = discretised(solver, ODETerm(vector_field), None, ts, y0)
     at = problem.window.interpolated(jr.normal(jr.key(0), (4, 6)))
     start, r = jr.normal(jr.key(1), (6,)), _random(at, 2)
 
@@ -307,8 +314,7 @@ def test_interpolation():
         *(discretisation.y0, discretisation.args),
         saveat=diffrax.SaveAt(ts=ts),
     ).ys
-    whole = jit(discretisation.whole, at)
-    assert max_error(jit(discretisation.evaluate, whole, ts), exact) < 1e-8
+    assert max_error(jit(discretisation.evaluate, at, ts), exact) < 1e-8
     infos = jit(_outputs, discretisation, at).dense_info
     info = jtu.tree_map(lambda x: x[11], infos)
     t0, t1 = discretisation.t0s[11], discretisation.t1s[11]
@@ -334,7 +340,7 @@ def test_large_implicit_systems(solver):
     weight = jr.normal(jr.key(0), (size, size)) / size**0.5
     term = ODETerm(lambda t, y, args: jnp.tanh(weight @ y) - y)
     ts, y0 = jnp.linspace(0, 3, substeps + 1), jnp.linspace(-1, 1, size)
-    discretisation = Discretisation(solver, term, None, ts[:-1], ts[1:], y0)
+    discretisation = discretised(solver, term, None, ts, y0)
     window = discretisation.window
     at = jit(window.interpolated, jr.normal(jr.key(1), (substeps, size)))
 
@@ -383,7 +389,7 @@ def test_calls_of_lapack(solver):
     size, substeps = 20, 4
     term = ODETerm(lambda t, y, args: jnp.tanh(y[::-1]) - y)
     ts, y0 = jnp.linspace(0, 3, substeps + 1), jnp.linspace(-1, 1, size)
-    window = Discretisation(solver, term, None, ts[:-1], ts[1:], y0).window
+    window = discretised(solver, term, None, ts, y0).window
     at = jit(window.interpolated, jnp.zeros((substeps, size)))
     b, start = _random(at, 2), jr.normal(jr.key(3), (size,))
 

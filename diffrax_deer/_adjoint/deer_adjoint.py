@@ -384,8 +384,7 @@ def _check(solver, terms, init_state):
 
 
 def _has_table(scheme: Scheme, t0: Array, t1: Array) -> bool:
-    of_first = scheme.terms, scheme.args, t0[None], t1[None], scheme.y0, scheme.reads
-    window = Discretisation(scheme.solver, *of_first).window
+    window = Discretisation(scheme, t0[None], t1[None]).window
     # Anything may turn out to be differentiated.
     return share_read(window, window) < 1
 

@@ -1,5 +1,6 @@
 """The solution, as a function of what the user has passed, and its interpolation."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 
@@ -142,10 +143,8 @@ class System(eqx.Module):
             of_all, number
         )
         scheme, how = self.scheme, self.linearisation
-        part = Discretisation(
-            *(scheme.solver, scheme.terms, scheme.args, t0s, t1s),
-            *(scheme.unravel(start), scheme.reads, self.sharding),
-        )
+        scheme = dataclasses.replace(scheme, y0=scheme.unravel(start))
+        part = Discretisation(scheme, t0s, t1s, self.sharding)
         if how is None:
             made = part.sequential()
         else:

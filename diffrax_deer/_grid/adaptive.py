@@ -246,7 +246,7 @@ def _interpolate(
     problem: Discretisation, at: Iterate, other: Discretisation
 ) -> Iterate:
     """The solution, as a guess on another grid."""
-    ys = other.ravel_all(problem.evaluate(problem.whole(at), other.t1s))
+    ys = other.ravel_all(problem.evaluate(at, other.t1s))
     return other.window.finite(other.window.interpolated(ys))
 
 

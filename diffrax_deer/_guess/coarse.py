@@ -45,7 +45,7 @@ class CoarseGuess(AbstractGuess):
         steps = problem.substeps if self.steps is None else self.steps
         ts = coarse_grid(problem.ts, min(steps, problem.substeps))
         coarse = problem.on(ts, self.solver)
-        ys = coarse.evaluate(coarse.whole(coarse.sequential()), problem.t1s)
+        ys = coarse.evaluate(coarse.sequential(), problem.t1s)
         guess = unless_constant_is_better(problem, problem.ravel_all(ys))
         return guess, coarse.sequential_span + 1
 

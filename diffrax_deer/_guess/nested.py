@@ -67,12 +67,11 @@ class NestedGuess(AbstractGuess):
         first, span = guess(coarse, None, solve)
         # Also if this is not successful: the comparison below decides.
         solution = solve(coarse, coarse.window.finite(first), _RTOL, max_iters)
-        whole = coarse.whole(solution.at)
         if is_even:
             t1s = problem.t1s.reshape(steps, self.factor)
-            ys = coarse.evaluate_within(whole, t1s)
+            ys = coarse.evaluate_within(coarse.whole(solution.at), t1s)
         else:
-            ys = coarse.evaluate(whole, problem.t1s)
+            ys = coarse.evaluate(solution.at, problem.t1s)
         ys = problem.ravel_all(ys)
         # Of the last comparison, too.
         span = span + solution.span + 1

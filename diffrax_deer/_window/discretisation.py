@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -24,51 +25,51 @@ class Discretisation(eqx.Module):
 
     **Attributes:**
 
-    - `solver`: makes the steps. Any one-step method.
-    - `terms`, `args`: the differential equation.
+    - `scheme`: the differential equation and the solver, that is, `solver`, `terms`,
+        `args`, and the value `y0` at the start of the first step.
     - `t0s`, `t1s`: when each of the steps begins and ends.
-    - `y0`: the value at the first of these.
     - `window`: all of its steps, to be solved jointly, for those leaves of the state
         that the vector field reads. The others are no unknowns.
-    - `reads`: which leaves these are.
     - `sharding`: how the time axis is divided over devices. `None` if it is not.
     """
 
-    solver: AbstractSolver[Any]
-    terms: Terms
-    args: PyTree[Any]
+    scheme: Scheme
     t0s: Real[Array, " substeps"]
     t1s: Real[Array, " substeps"]
-    y0: PyTree[Array]
     window: AbstractWindow
-    reads: tuple[bool, ...] = eqx.field(static=True)
     sharding: NamedSharding | None = eqx.field(static=True)
 
     def __init__(
         self,
-        solver: AbstractSolver[Any],
-        terms: Terms,
-        args: PyTree[Any],
+        scheme: Scheme,
         t0s: Real[Array, " substeps"],
         t1s: Real[Array, " substeps"],
-        y0: PyTree[Array],
-        reads: tuple[bool, ...] | None = None,
         sharding: NamedSharding | None = None,
     ):
-        self.solver, self.terms, self.args = solver, terms, args
-        self.t0s, self.t1s, self.y0 = t0s, t1s, y0
-        if reads is None:
-            reads = leaves_read(solver, terms, t0s[0], t1s[0], y0, args)
         if len(t0s) % num_parts(sharding) != 0:
             # A coarser grid, of so few that it is left whole.
             sharding = None
-        self.reads, self.sharding = reads, sharding
+        self.scheme, self.t0s, self.t1s, self.sharding = scheme, t0s, t1s, sharding
         core = self.core
         self.window = core.window(t0s, t1s, core.ravel(core.y0), sharding)
 
     @property
-    def scheme(self) -> Scheme:
-        return Scheme(self.solver, self.terms, self.args, self.y0, self.reads)
+    def solver(self) -> AbstractSolver[Any]:
+        """Makes the steps. Any one-step method."""
+        return self.scheme.solver
+
+    @property
+    def terms(self) -> Terms:
+        return self.scheme.terms
+
+    @property
+    def args(self) -> PyTree[Any]:
+        return self.scheme.args
+
+    @property
+    def y0(self) -> PyTree[Array]:
+        """The value at the start of the first step."""
+        return self.scheme.y0
 
     @property
     def core(self) -> Scheme:
@@ -143,18 +144,19 @@ class Discretisation(eqx.Module):
             *(self.window.xs, whole.starts, whole.at, whole.errors)
         )
 
-    def evaluate(self, whole: Whole, ts: Real[Array, " times"]) -> PyTree[Array]:
+    def evaluate(self, at: Iterate, ts: Real[Array, " times"]) -> PyTree[Array]:
         """The solution at many times at once, by the interpolation of the solver."""
         index = place_in(lax.stop_gradient(self.t1s), ts)
         index = jnp.clip(index, 0, self.substeps - 1)
-        infos = self.outputs(whole).dense_info
+        infos = self.outputs(self.whole(at)).dense_info
         infos = jtu.tree_map(lambda x: x[index], infos)
         return self.scheme.evaluate(ts, self.t0s[index], self.t1s[index], infos)
 
     def evaluate_within(
         self, whole: Whole, ts: Real[Array, "substeps times"]
     ) -> PyTree[Array]:
-        """The same, at as many times in each of the substeps."""
+        """The same, at as many times in each of the substeps, given all that follows
+        from the solution."""
 
         def row(ts, t0, t1, info):
             interpolation = self.scheme.interpolation(t0, t1, info)
@@ -174,9 +176,10 @@ class Discretisation(eqx.Module):
         return self.core.unravel_all(ys)
 
     def _with(self, t0s, t1s, solver):
-        # Of another solver, all leaves may have to be solved for.
-        reads = self.reads if solver is None else None
-        solver = self.solver if solver is None else solver
-        return Discretisation(
-            *(solver, self.terms, self.args, t0s, t1s, self.y0, reads, self.sharding)
-        )
+        scheme = self.scheme
+        if solver is not None:
+            # Of another solver, all leaves may have to be solved for.
+            inputs = scheme.terms, t0s[0], t1s[0], scheme.y0, scheme.args
+            reads = leaves_read(solver, *inputs)
+            scheme = dataclasses.replace(scheme, solver=solver, reads=reads)
+        return Discretisation(scheme, t0s, t1s, self.sharding)
