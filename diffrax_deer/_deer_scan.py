@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
 from diffrax import RESULTS
-from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -21,6 +20,7 @@ from ._checks import (
     check_trajectory,
 )
 from ._custom_types import PyTree, RealScalarLike
+from ._dependence import inputs_read
 from ._failure import error_if_any, NONFINITE, TOO_MANY_ITERATIONS
 from ._implicit import with_derivative, without_gradient
 from ._iterate import Iteration
@@ -330,7 +330,8 @@ def _scan_others(f, floats, others, xs, length):
         return eqx.filter(carry, eqx.is_inexact_array, inverse=True)
 
     x = jtu.tree_map(lambda x: x[0], xs)
-    if _depends_on_first(step, floats, others, x):
+    reads = inputs_read(step, floats, others, x)
+    if any(reads[: len(jtu.tree_leaves(floats))]):
         raise TypeError(
             "`deer_scan(f, ...)` cannot take a carry of which some part that is not "
             "floating point depends on one that is, as there is no derivative to find "
@@ -344,10 +345,3 @@ def _scan_others(f, floats, others, xs, length):
 
     _, starts_and_ends = lax.scan(body, others, xs, length)
     return starts_and_ends
-
-
-def _depends_on_first(fn, first, *rest):
-    """Whether any output of `fn` depends on any part of its first argument."""
-    jaxpr = jax.make_jaxpr(fn)(first, *rest).jaxpr
-    _, used = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return any(used[: len(jtu.tree_leaves(first))])

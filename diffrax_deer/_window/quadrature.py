@@ -13,11 +13,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import AbstractTerm
-from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from .._custom_types import PyTree
+from .._dependence import inputs_read
 from .._time_axis import before, running
 from .base import Iterate
 from .elimination import weighted
@@ -63,10 +63,9 @@ def which_are_read(
     leaves = jtu.tree_leaves(y0)
     # Of a single one there is nothing to choose, so that it need not be looked at.
     if len(leaves) > 1:
-        jaxpr = jax.make_jaxpr(fn)(y0).jaxpr
-        _, reads = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        reads = inputs_read(fn, y0)
         if any(reads):
-            return tuple(reads)
+            return reads
     return (True,) * len(leaves)
 
 
