@@ -416,7 +416,7 @@ class _Observed(AbstractForwardingSolver[tuple[DeerState, Array]]):
         reads = solver.leaves_read(terms, t0, t1, y0, args)
         t0s, t1s = solver.equal_substeps(t0, t1)
         problem = solver.problem(terms, t0s, t1s, y0, args, reads)
-        is_sequential = solver.is_sequential(problem)
+        is_sequential = solver.guess.is_solution(problem)
         if is_sequential or not solver.grid.is_uniform:
             solved = solver.solve_window(terms, t0, t1, y0, args, deer_state)
             problem, at = solved.problem, solved.at

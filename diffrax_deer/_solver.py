@@ -266,7 +266,7 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
             everything = (True,) * len(jtu.tree_leaves(y0))
             t0s, t1s = self.equal_substeps(t0, t1)
             problem = self.problem(terms, t0s, t1s, y0, args, everything)
-            return self.is_sequential(problem)
+            return self.guess.is_solution(problem)
 
         return leaves_read(self.solver, terms, t0, t1, y0, args, is_sequential)
 
@@ -339,13 +339,6 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
             *(problem, y1, y_error, outputs.dense_info, state, result, at, whole)
         )
 
-    def is_sequential(self, problem: Discretisation) -> bool:
-        """Whether the guess is the solution."""
-        # As long as points are yet to move, implicit steps may be too long to be made
-        # one by one, and yet have a solution.
-        may_fail = not (problem.window.is_explicit or self.grid.is_uniform)
-        return self.guess.is_solution(problem) and not may_fail
-
     def iteration(self, problem: Discretisation) -> Iteration:
         """What solves a window."""
         return Iteration(
@@ -364,7 +357,7 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         """What the iteration begins with, and how many evaluations followed one
         another."""
         window = problem.window
-        if self.is_sequential(problem):
+        if self.guess.is_solution(problem):
             # Anything will do, as that is asked for when the window is solved.
             return window.zeros(problem.substeps), jnp.array(0, jnp.int32)
 
@@ -389,7 +382,7 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
     def _solve_from(
         self, problem: Discretisation, guess: Iterate, max_iters: IntScalarLike | None
     ) -> JointSolution:
-        if self.is_sequential(problem):
+        if self.guess.is_solution(problem):
             solution = self.guess.joint_solution(problem)
             self._check_guess(solution.at, problem)
             return solution

@@ -11,7 +11,6 @@ import pytest
 from diffrax import ODETerm, RESULTS
 from diffrax_deer import (
     AdaptiveGrid,
-    CoarseGuess,
     ConstantGuess,
     DeerAdjoint,
     DeerSolver,
@@ -311,13 +310,10 @@ def test_warm_start():
 
 
 def test_windows():
-    # Adaptive windows grow to what well-placed points can do. (If they are solved
-    # jointly, as from a guess by another solver.)
-    guess = CoarseGuess(GaussLegendre(3))
-
+    # Adaptive windows grow to what well-placed points can do.
     def num_steps(grid, adjoint):
         return diffeqsolve(
-            *(ODETerm(van_der_pol), _solver(GaussLegendre(4), 64, grid, guess)),
+            *(ODETerm(van_der_pol), _solver(GaussLegendre(4), 64, grid, None)),
             *(0.0, 100.0, 0.1, Y0, 50.0),
             stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6),
             adjoint=adjoint,

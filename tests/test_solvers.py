@@ -1,7 +1,5 @@
 """The answer belongs to the wrapped solver."""
 
-from typing import Any
-
 import diffrax
 import equinox as eqx
 import jax
@@ -335,7 +333,7 @@ def test_failure_of_a_root_finder(adjoint):
     solver = diffrax.Kvaerno3(root_finder=root_finder, root_find_max_steps=1)
     term = ODETerm(lambda t, y, args: -100 * y**3)
 
-    def result(solver, adjoint, controller: Any = ConstantStepSize()):
+    def result(solver, adjoint, controller=ConstantStepSize()):
         return diffeqsolve(
             *(term, solver, 0, 1, 0.5, jnp.array([1.0])),
             stepsize_controller=controller,
