@@ -103,7 +103,7 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         asked for. (A `jax.custom_vjp` is not. Neither is another `diffeqsolve`, unless
         with `adjoint=DirectAdjoint()` or `adjoint=DeerAdjoint()`.) Only if no Jacobian
         is needed need it not be: with [`diffrax_deer.Jacobi`][] or
-        [`diffrax_deer.Picard`][], or with an explicit solver and the default guess on
+        [`diffrax_deer.Picard`][], or with the default guess of an explicit solver on
         a CPU. It is also evaluated at guesses, which may be far from the solution.
 
     The wrapped solver may be any one-step method of Diffrax, or one of
@@ -112,10 +112,9 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
     finder. Other methods (for SDEs, say) work as well, but are taken as a whole, so
     that the evaluations in one step of them follow one another in every pass.
 
-    On a CPU, which gains nothing from doing more at once, the default `guess` is the
-    solution, by one step of the wrapped solver after the other, and there is nothing
-    left to do. (So an implicit solver needs its root finder there.
-    `DeerSolver(guess=ConstantGuess())` does what a GPU does.)
+    On a CPU, which gains nothing from doing more at once, the default `guess` of an
+    explicit solver is its solution, by one step after the other, and there is nothing
+    left to do. (`DeerSolver(guess=ConstantGuess())` does what a GPU does.)
 
     ??? cite "Reference"
 

@@ -13,10 +13,8 @@ from diffrax_deer import (
     AutoGuess,
     ConstantGuess,
     DEER,
-    DeerAdjoint,
     DeerSolver,
     GaussLegendre,
-    RadauIIA,
     SolutionGuess,
 )
 
@@ -317,37 +315,3 @@ def test_how_often_it_is_traced(solver, guess):
         return number
 
     assert count(DeerSolver(solver, guess=guess)) <= count(solver)
-
-
-@pytest.mark.parametrize("solver", (implicit_solvers[2], RadauIIA(3)), ids=solver_id)
-def test_steps_of_an_implicit_solver_are_the_solution_on_a_cpu(solver):
-    term, y0, args = problem()
-    sol = _deer(term, DeerSolver(solver, 8), y0, args, 2, SaveAt(t1=True))
-    ref = sequential(term, solver, np.linspace(t0, t1, 17), y0, args)
-    assert max_error(sol.ys, ref.ys) < 1e-14
-
-
-@pytest.mark.parametrize("adjoint", (DeerAdjoint(), diffrax.DirectAdjoint()))
-def test_failure_of_a_root_finder(adjoint):
-    # Which is what it says, as without windows.
-    solver = diffrax.Kvaerno3(root_finder=root_finder, root_find_max_steps=1)
-    term = ODETerm(lambda t, y, args: -100 * y**3)
-
-    def result(solver, adjoint, controller=ConstantStepSize()):
-        return diffeqsolve(
-            *(term, solver, 0, 1, 0.5, jnp.array([1.0])),
-            stepsize_controller=controller,
-            adjoint=adjoint,
-            max_steps=64,
-            throw=False,
-        ).result
-
-    expected = diffrax.RESULTS.nonlinear_max_steps_reached
-    assert result(solver, diffrax.DirectAdjoint()) == expected
-    assert result(DeerSolver(solver, 4), adjoint) == expected
-    # An adaptive controller tries again.
-    solver = diffrax.Kvaerno3(root_finder=root_finder, root_find_max_steps=4)
-    controller = PIDController(rtol=1e-3, atol=1e-6)
-    assert result(DeerSolver(solver, 4), adjoint) == expected
-    okay = diffrax.RESULTS.successful
-    assert result(DeerSolver(solver, 4), adjoint, controller) == okay
