@@ -30,7 +30,7 @@ from jaxtyping import Array
 
 from ._adjoint import DeerAdjoint
 from ._checks import check_instance
-from ._custom_types import BoolScalarLike, PyTree, RealScalarLike, Terms
+from ._custom_types import BoolScalarLike, IntScalarLike, PyTree, RealScalarLike, Terms
 from ._failure import NONFINITE, TOO_MANY_ITERATIONS
 from ._forwarding import AbstractForwardingSolver
 from ._guess import AbstractGuess, ConstantGuess
@@ -424,16 +424,17 @@ class _Observed(AbstractForwardingSolver[tuple[DeerState, Array]]):
                 # How it would go on the grid that was found.
                 at, _ = solver.first_guess(problem, deer_state)
             seen = _observe(solver.iteration(problem), at, self.history)
+            result = solved.result
         else:
             iteration = solver.iteration(problem)
             guess, span = solver.first_guess(problem, deer_state)
             seen = _observe(iteration, guess, self.history)
             solution = iteration.solution(seen.state)
             # What is known need not be solved for again.
-            solution = dataclasses.replace(solution, span=solution.span + span)
-            known = dataclasses.replace(solver, guess=_Known(solution))
+            known = dataclasses.replace(solver, guess=_Known(solution, span))
             solved = known.solve_window(terms, t0, t1, y0, args, deer_state)
-        result = solved.result
+            okay = solution.result == RESULTS.successful
+            result = RESULTS.where(okay, solved.result, solution.result)
         jax.debug.callback(self.tell, solved.state.sequential_evaluations)
         growth, amplification, stiffness, direction = _linearised(
             problem.window, solved.at, direction
@@ -468,21 +469,18 @@ class _Observed(AbstractForwardingSolver[tuple[DeerState, Array]]):
 
 
 class _Known(AbstractGuess):
-    """The solution of a window."""
+    """The solution of a window, and the span of what it began with."""
 
-    known: JointSolution
+    solution: JointSolution
+    span: IntScalarLike
 
     def is_solution(self, problem):
         # It is not that on the coarser grid of an error estimate.
-        return problem.substeps == len(self.known.at.ys)
-
-    def joint_solution(self, problem):
-        del problem
-        return self.known
+        return problem.substeps == len(self.solution.at.ys)
 
     def __call__(self, problem, previous, solve):
         del problem, previous, solve
-        return self.known.at, self.known.span
+        return self.solution.at, self.solution.span + self.span
 
 
 class _Seen(eqx.Module):

@@ -43,7 +43,7 @@ from ._forwarding import AbstractForwardingSolver
 from ._grid import AbstractGrid, UniformGrid
 from ._guess import AbstractGuess, AutoGuess
 from ._implicit import with_derivative, without_gradient
-from ._iterate import Iteration, JointSolution
+from ._iterate import Iteration, JointSolution, known_solution
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
 from ._state import DeerState
@@ -359,12 +359,7 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         if self.guess.is_solution(problem):
             # Anything will do, as that is asked for when the window is solved.
             return window.zeros(problem.substeps), jnp.array(0, jnp.int32)
-
-        def cold():
-            guess, span = self.guess(problem, solver_state, self._solve_roughly)
-            self._check_guess(guess, problem)
-            return guess, jnp.asarray(span, jnp.int32)
-
+        cold = lambda: self._guessed(problem, solver_state)
         if solver_state is None:
             guess, span = cold()
         else:
@@ -378,13 +373,16 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
             guess, span = lax.cond(same_window, warm, cold)
         return window.finite(guess), span
 
+    def _guessed(self, problem, solver_state):
+        guess, span = self.guess(problem, solver_state, self._solve_roughly)
+        self._check_guess(guess, problem)
+        return guess, jnp.asarray(span, jnp.int32)
+
     def _solve_from(
         self, problem: Discretisation, guess: Iterate, max_iters: IntScalarLike | None
     ) -> JointSolution:
         if self.guess.is_solution(problem):
-            solution = self.guess.joint_solution(problem)
-            self._check_guess(solution.at, problem)
-            return solution
+            return known_solution(*self._guessed(problem, None))
         iteration = self.iteration(problem)
         if max_iters is not None:
             max_iters = jnp.minimum(max_iters, iteration.limit(guess))

@@ -1,7 +1,6 @@
 import jax
 
 from .._custom_types import IntScalarLike
-from .._iterate import JointSolution
 from .._state import DeerState
 from .._window import Discretisation, Iterate
 from .base import AbstractGuess, Solve
@@ -40,9 +39,6 @@ class AutoGuess(AbstractGuess):
 
     def is_solution(self, problem: Discretisation) -> bool:
         return _pick(problem).is_solution(problem)
-
-    def joint_solution(self, problem: Discretisation) -> JointSolution:
-        return _pick(problem).joint_solution(problem)
 
 
 AutoGuess.__init__.__doc__ = """**Arguments:** None"""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import equinox as eqx
 
 from .._custom_types import IntScalarLike, RealScalarLike
-from .._iterate import JointSolution, known_solution
+from .._iterate import JointSolution
 from .._state import DeerState
 from .._window import Discretisation, Iterate
 
@@ -37,10 +37,6 @@ class AbstractGuess(eqx.Module):
         del problem
         return False
 
-    def joint_solution(self, problem: Discretisation) -> JointSolution:
-        """The solution, if this is one."""
-        return known_solution(*self(problem, None, _nothing_to_solve))
-
     @abc.abstractmethod
     def __call__(
         self, problem: Discretisation, previous: DeerState | None, solve: Solve
@@ -68,7 +64,3 @@ class AbstractGuess(eqx.Module):
 
         Second, how many evaluations of the vector field followed one another.
         """
-
-
-def _nothing_to_solve(*args):
-    raise AssertionError

@@ -5,7 +5,6 @@ from diffrax import AbstractSolver
 
 from .._checks import check_one_step_solver, check_optional_int
 from .._custom_types import IntScalarLike
-from .._iterate import JointSolution, known_solution
 from .._state import DeerState
 from .._window import Discretisation, Iterate
 from .base import AbstractGuess, Solve
@@ -30,18 +29,18 @@ class CoarseGuess(AbstractGuess):
         check_optional_int(self.steps, "CoarseGuess(steps=...)")
 
     def is_solution(self, problem: Discretisation) -> bool:
+        # An implicit solver has solved its equations only roughly.
+        return self._is_wrapped_solver(problem) and problem.window.is_explicit
+
+    def _is_wrapped_solver(self, problem):
         makes_all = self.steps is None or self.steps >= problem.substeps
         return makes_all and self.solver in (None, problem.solver)
-
-    def joint_solution(self, problem: Discretisation) -> JointSolution:
-        at, result = problem.steps()
-        return known_solution(at, problem.sequential_span, result)
 
     def __call__(
         self, problem: Discretisation, previous: DeerState | None, solve: Solve
     ) -> tuple[Iterate, IntScalarLike]:
         del previous, solve
-        if self.is_solution(problem):
+        if self._is_wrapped_solver(problem):
             return problem.sequential(), problem.sequential_span
         steps = problem.substeps if self.steps is None else self.steps
         ts = coarse_grid(problem.ts, min(steps, problem.substeps))

@@ -38,19 +38,17 @@ class JointSolution(eqx.Module):
     result: RESULTS
 
 
-def known_solution(
-    at: Iterate, span: IntScalarLike, result: RESULTS = RESULTS.successful
-) -> JointSolution:
+def known_solution(at: Iterate, span: IntScalarLike) -> JointSolution:
     """The solution if it has been found otherwise, as one iteration."""
     # What follows from something that is not finite is not finite.
-    okay = is_finite(at.ys[-1]) | (result != RESULTS.successful)
+    okay = is_finite(at.ys[-1])
     # Not as constants, of which JAX may make arrays of NumPy.
     one, span = (jnp.where(okay, n, n).astype(jnp.int32) for n in (1, span))
     return JointSolution(
         at=at,
         num_iterations=one,
         span=span,
-        result=RESULTS.where(okay, result, NONFINITE),
+        result=RESULTS.where(okay, RESULTS.successful, NONFINITE),
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax import AbstractSolver, RESULTS
+from diffrax import AbstractSolver
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Real
 
@@ -114,28 +114,18 @@ class Discretisation(eqx.Module):
 
     def sequential(self) -> Iterate:
         """The solution, by one step after the other."""
-        at, _ = self.steps()
-        return at
-
-    def steps(self) -> tuple[Iterate, RESULTS]:
-        """The same, and whether the solver has succeeded, or else how it has failed
-        first."""
         window, scheme = self.window, self.core
         if isinstance(window, StageWindow) and window.is_explicit:
-            return window.sequential(), RESULTS.successful
+            return window.sequential()
 
-        def body(carry, x):
-            (y, result), (t0, t1, _) = carry, x
+        def body(y, x):
+            t0, t1, _ = x
             substep = scheme.step(x, y)
-            is_okay = result == RESULTS.successful
-            result = RESULTS.where(is_okay, substep.result, result)
             y1, dense_info = substep.y1, substep.dense_info
-            ks = scheme.stages(t0, t1, y, y1, dense_info)
-            return (y1, result), (scheme.ravel(y1), ks)
+            return y1, (scheme.ravel(y1), scheme.stages(t0, t1, y, y1, dense_info))
 
-        init = scheme.y0, RESULTS.successful
-        (_, result), (ys, ks) = lax.scan(body, init, window.xs)
-        return scheme.unknowns(Iterate(ys, ks)), result
+        _, (ys, ks) = lax.scan(body, scheme.y0, window.xs)
+        return scheme.unknowns(Iterate(ys, ks))
 
     @property
     def sequential_span(self) -> int:
