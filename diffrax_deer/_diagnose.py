@@ -30,11 +30,12 @@ from jaxtyping import Array
 
 from ._adjoint import DeerAdjoint
 from ._checks import check_instance
-from ._custom_types import BoolScalarLike, IntScalarLike, PyTree, RealScalarLike, Terms
+from ._custom_types import BoolScalarLike, PyTree, RealScalarLike, Terms
 from ._failure import NONFINITE, TOO_MANY_ITERATIONS
 from ._forwarding import AbstractForwardingSolver
-from ._guess import AbstractGuess, ConstantGuess
-from ._iterate import Iteration, JointSolution, State
+from ._grid import Placed
+from ._guess import ConstantGuess
+from ._iterate import Iteration, State
 from ._linear_algebra import matvec
 from ._method import DEER, ELK
 from ._solver import DeerSolver
@@ -416,7 +417,7 @@ class _Observed(AbstractForwardingSolver[tuple[DeerState, Array]]):
         reads = solver.leaves_read(terms, t0, t1, y0, args)
         t0s, t1s = solver.equal_substeps(t0, t1)
         problem = solver.problem(terms, t0s, t1s, y0, args, reads)
-        is_sequential = solver.guess.is_solution(problem)
+        is_sequential = solver.guess.is_sequential(problem)
         if is_sequential or not solver.grid.is_uniform:
             solved = solver.solve_window(terms, t0, t1, y0, args, deer_state)
             problem, at = solved.problem, solved.at
@@ -424,17 +425,15 @@ class _Observed(AbstractForwardingSolver[tuple[DeerState, Array]]):
                 # How it would go on the grid that was found.
                 at, _ = solver.first_guess(problem, deer_state)
             seen = _observe(solver.iteration(problem), at, self.history)
-            result = solved.result
         else:
             iteration = solver.iteration(problem)
             guess, span = solver.first_guess(problem, deer_state)
             seen = _observe(iteration, guess, self.history)
+            # Which need not be solved for again.
             solution = iteration.solution(seen.state)
-            # What is known need not be solved for again.
-            known = dataclasses.replace(solver, guess=_Known(solution, span))
-            solved = known.solve_window(terms, t0, t1, y0, args, deer_state)
-            okay = solution.result == RESULTS.successful
-            result = RESULTS.where(okay, solved.result, solution.result)
+            solution = dataclasses.replace(solution, span=solution.span + span)
+            solved = solver.solved(problem, Placed(None, solution, None, True))
+        result = solved.result
         jax.debug.callback(self.tell, solved.state.sequential_evaluations)
         growth, amplification, stiffness, direction = _linearised(
             problem.window, solved.at, direction
@@ -466,21 +465,6 @@ class _Observed(AbstractForwardingSolver[tuple[DeerState, Array]]):
             inf = jtu.tree_map(lambda y: jnp.full_like(y, jnp.inf), y_error)
             y_error = select(inf, y_error)
         return select(y0, solved.y1), y_error, info, state, result
-
-
-class _Known(AbstractGuess):
-    """The solution of a window, and the span of what it began with."""
-
-    solution: JointSolution
-    span: IntScalarLike
-
-    def is_solution(self, problem):
-        # It is not that on the coarser grid of an error estimate.
-        return problem.substeps == len(self.solution.at.ys)
-
-    def __call__(self, problem, previous, solve):
-        del problem, previous, solve
-        return self.solution.at, self.solution.span + self.span
 
 
 class _Seen(eqx.Module):

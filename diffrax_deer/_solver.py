@@ -40,10 +40,10 @@ from ._custom_types import (
 from ._error import accumulated_error, error_by_halving
 from ._failure import NONFINITE
 from ._forwarding import AbstractForwardingSolver
-from ._grid import AbstractGrid, UniformGrid
+from ._grid import AbstractGrid, Placed, UniformGrid
 from ._guess import AbstractGuess, AutoGuess
 from ._implicit import with_derivative, without_gradient
-from ._iterate import Iteration, JointSolution, known_solution
+from ._iterate import Iteration, JointSolution, solve_in_turn
 from ._method import AbstractMethod, DEER
 from ._scan import AbstractScan, AutoScan
 from ._state import DeerState
@@ -56,11 +56,15 @@ from ._window import (
     leaves_read,
     Scheme,
     Split,
+    tableau_of,
     time_at,
     uniform_steps,
     Whole,
     WindowInterpolationFactory,
 )
+
+
+_NO_ROOT_FINDER = optx.Newton(rtol=0, atol=0)
 
 
 class DeerSolver(AbstractForwardingSolver[DeerState]):
@@ -103,7 +107,7 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         asked for. (A `jax.custom_vjp` is not. Neither is another `diffeqsolve`, unless
         with `adjoint=DirectAdjoint()` or `adjoint=DeerAdjoint()`.) Only if no Jacobian
         is needed need it not be: with [`diffrax_deer.Jacobi`][] or
-        [`diffrax_deer.Picard`][], or with the default guess of an explicit solver on
+        [`diffrax_deer.Picard`][], or with an explicit solver and the default guess on
         a CPU. It is also evaluated at guesses, which may be far from the solution.
 
     The wrapped solver may be any one-step method of Diffrax, or one of
@@ -112,9 +116,10 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
     finder. Other methods (for SDEs, say) work as well, but are taken as a whole, so
     that the evaluations in one step of them follow one another in every pass.
 
-    On a CPU, which gains nothing from doing more at once, the default `guess` of an
-    explicit solver is its solution, by one step after the other, and there is nothing
-    left to do. (`DeerSolver(guess=ConstantGuess())` does what a GPU does.)
+    On a CPU, which gains nothing from doing more at once, the default `guess` is to
+    solve one substep after the other: explicit ones are made, and an implicit one is
+    iterated on until it is solved. (`DeerSolver(guess=ConstantGuess())` does what a GPU
+    does.)
 
     ??? cite "Reference"
 
@@ -169,6 +174,13 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
     @property
     def interpolation_cls(self) -> Any:  # pyright: ignore
         return WindowInterpolationFactory(interpolation_of(self.solver), self.substeps)
+
+    @property
+    def root_finder(self) -> Any:
+        # Diffrax refuses to go on without tolerances for it, and says how to pass them.
+        # There are no root finders in the steps of a Runge--Kutta method.
+        has_none = tableau_of(self.solver) is not None
+        return _NO_ROOT_FINDER if has_none else super().root_finder
 
     def error_order(self, terms: Terms) -> RealScalarLike | None:
         if self._estimates_by_halving:
@@ -265,7 +277,8 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
             everything = (True,) * len(jtu.tree_leaves(y0))
             t0s, t1s = self.equal_substeps(t0, t1)
             problem = self.problem(terms, t0s, t1s, y0, args, everything)
-            return self.guess.is_solution(problem)
+            is_sequential = self.guess.is_sequential(problem)
+            return is_sequential and problem.window.is_explicit
 
         return leaves_read(self.solver, terms, t0, t1, y0, args, is_sequential)
 
@@ -295,6 +308,10 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
                 self._solve_from,
             )
         )
+        return self.solved(problem, placed)
+
+    def solved(self, problem: Discretisation, placed: Placed) -> "SolvedWindow":
+        """What follows from the solution."""
         if placed.fractions is not None:
             problem = problem.moved(placed.fractions)
         solution = with_derivative(placed.solution, self.iteration(problem))
@@ -356,10 +373,14 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         """What the iteration begins with, and how many evaluations followed one
         another."""
         window = problem.window
-        if self.guess.is_solution(problem):
-            # Anything will do, as that is asked for when the window is solved.
+        if self.guess.is_sequential(problem):
             return window.zeros(problem.substeps), jnp.array(0, jnp.int32)
-        cold = lambda: self._guessed(problem, solver_state)
+
+        def cold():
+            guess, span = self.guess(problem, solver_state, self._solve_roughly)
+            self._check_guess(guess, problem)
+            return guess, jnp.asarray(span, jnp.int32)
+
         if solver_state is None:
             guess, span = cold()
         else:
@@ -373,17 +394,12 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
             guess, span = lax.cond(same_window, warm, cold)
         return window.finite(guess), span
 
-    def _guessed(self, problem, solver_state):
-        guess, span = self.guess(problem, solver_state, self._solve_roughly)
-        self._check_guess(guess, problem)
-        return guess, jnp.asarray(span, jnp.int32)
-
     def _solve_from(
         self, problem: Discretisation, guess: Iterate, max_iters: IntScalarLike | None
     ) -> JointSolution:
-        if self.guess.is_solution(problem):
-            return known_solution(*self._guessed(problem, None))
         iteration = self.iteration(problem)
+        if self.guess.is_sequential(problem):
+            return solve_in_turn(iteration)
         if max_iters is not None:
             max_iters = jnp.minimum(max_iters, iteration.limit(guess))
             iteration = dataclasses.replace(iteration, max_iters=max_iters)
@@ -392,7 +408,7 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
     def _solve_roughly(
         self,
         problem: Discretisation,
-        guess: Iterate,
+        guess: Iterate | None,
         rtol: RealScalarLike,
         max_iters: IntScalarLike,
     ) -> JointSolution:
@@ -400,7 +416,7 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         iteration = dataclasses.replace(
             self.iteration(problem), rtol=rtol, atol=None, max_iters=max_iters
         )
-        return iteration.run(guess)
+        return solve_in_turn(iteration) if guess is None else iteration.run(guess)
 
     def _error(
         self,
@@ -533,7 +549,8 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     grid moves. A positive integer. If more would be needed then the window fails.
     Defaults to one more than there are unknowns: `substeps`, times the number of stages
     plus one if the wrapped solver is a Runge--Kutta method. If the wrapped solver is
-    explicit and the solution finite, then this always suffices.
+    explicit and the solution finite, then this always suffices. Implicit substeps that
+    are solved one after the other have so many each, by default 16.
 - `sharding`: how each window is divided over devices, along its time axis. A
     `jax.sharding.NamedSharding` whose `PartitionSpec` names the axis (or a tuple of
     axes) of the mesh. Its number of devices must divide `substeps`, and its axes must

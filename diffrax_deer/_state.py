@@ -19,7 +19,8 @@ class DeerState(eqx.Module):
         like the state of the differential equation, with an additional leading axis of
         size `substeps` on every leaf, and with `None` for leaves that the vector field
         does not read.
-    - `num_iterations`: the number of iterations made to find it. An integer.
+    - `num_iterations`: the number of iterations made to find it. An integer. (If one
+        substep was solved after the other, of the one that took the most.)
     - `sequential_evaluations`: how many evaluations of the vector field, or of its
         derivative, followed one another to find it. (Of a solver that is no
         Runge--Kutta method, how many steps.) An integer.

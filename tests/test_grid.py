@@ -17,6 +17,7 @@ from diffrax_deer import (
     diagnose,
     ExtrapolationGuess,
     GaussLegendre,
+    RadauIIA,
     UniformGrid,
 )
 from diffrax_deer._grid.density import Shares, spread
@@ -313,7 +314,7 @@ def test_windows():
     # Adaptive windows grow to what well-placed points can do.
     def num_steps(grid, adjoint):
         return diffeqsolve(
-            *(ODETerm(van_der_pol), _solver(GaussLegendre(4), 64, grid, None)),
+            *(ODETerm(van_der_pol), _solver(RadauIIA(3), 64, grid, None)),
             *(0.0, 100.0, 0.1, Y0, 50.0),
             stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6),
             adjoint=adjoint,

@@ -534,9 +534,20 @@ def test_failure_of_the_wrapped_solver():
     solver = diffrax.HalfSolver(solver)
     sol = _solve(stiff, jnp.full(2, 3.0), DeerSolver(solver, 4), throw=False)
     assert sol.result == RESULTS.nonlinear_max_steps_reached
-    implicit = diffrax.ImplicitEuler()
+
+
+def test_tolerances_of_a_root_finder():
+    def solve(solver, dt0=0.5):
+        return _last(_solve(lambda t, y, args: -(y**3), y0, solver, dt0=dt0))
+
+    y0 = jnp.full(2, 3.0)
     with pytest.raises(ValueError, match="tolerances for the implicit"):
-        _solve(stiff, jnp.full(2, 3.0), DeerSolver(implicit, 4))
+        solve(diffrax.Kvaerno3())
+    # Where there is none, none are needed.
+    precise = diffrax.Kvaerno3(root_finder=optx.Newton(rtol=1e-12, atol=1e-12))
+    expected = solve(precise, dt0=0.125)
+    for joint in (DeerSolver, deer):
+        assert max_error(solve(joint(diffrax.Kvaerno3(), 4)), expected) < 1e-10
 
 
 def test_all_tolerances_from_the_controller():

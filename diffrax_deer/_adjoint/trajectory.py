@@ -146,10 +146,10 @@ class System(eqx.Module):
         scheme = dataclasses.replace(scheme, y0=scheme.unravel(start))
         part = Discretisation(scheme, t0s, t1s, self.sharding)
         if how is None:
-            made = part.sequential()
+            made = part.window.sequential()
         else:
             if at is None:
-                at = without_gradient(part.sequential)
+                at = without_gradient(part.window.sequential)
             else:
                 # What is not used stays where it is.
                 is_used = of_all < number

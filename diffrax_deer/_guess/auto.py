@@ -22,14 +22,14 @@ _FACTOR = 8
 class AutoGuess(AbstractGuess):
     """Picks a guess that suits the platform that the computation is going to run on.
 
-    On CPUs this is [`diffrax_deer.CoarseGuess`][], that is, the solution. On everything
-    else it is [`diffrax_deer.ConstantGuess`][], and over long windows
-    [`diffrax_deer.NestedGuess`][], with as many grids, each coarser than the last by a
-    factor of 8, as it takes until they are no longer long. Long are those of more than
-    1024 substeps whose Jacobians, of all stages, have more than a million entries: with
-    `Tsit5` more than 37,449 substeps of a state of size 2, or 2,340 of size 8. (The
-    platform is that of `jax.default_backend()`. To export a computation for another
-    one, pass the guess explicitly.)
+    On CPUs this is [`diffrax_deer.CoarseGuess`][]: one substep is solved after the
+    other. On everything else it is [`diffrax_deer.ConstantGuess`][], and over long
+    windows [`diffrax_deer.NestedGuess`][], with as many grids, each coarser than the
+    last by a factor of 8, as it takes until they are no longer long. Long are those of
+    more than 1024 substeps whose Jacobians, of all stages, have more than a million
+    entries: with `Tsit5` more than 37,449 substeps of a state of size 2, or 2,340 of
+    size 8. (The platform is that of `jax.default_backend()`. To export a computation
+    for another one, pass the guess explicitly.)
     """
 
     def __call__(
@@ -37,8 +37,8 @@ class AutoGuess(AbstractGuess):
     ) -> tuple[Iterate, IntScalarLike]:
         return _pick(problem)(problem, previous, solve)
 
-    def is_solution(self, problem: Discretisation) -> bool:
-        return _pick(problem).is_solution(problem)
+    def is_sequential(self, problem: Discretisation) -> bool:
+        return _pick(problem).is_sequential(problem)
 
 
 AutoGuess.__init__.__doc__ = """**Arguments:** None"""

@@ -10,7 +10,7 @@ from .._window import Discretisation, Iterate
 
 
 Solve = Callable[
-    [Discretisation, Iterate, RealScalarLike, IntScalarLike], JointSolution
+    [Discretisation, Iterate | None, RealScalarLike, IntScalarLike], JointSolution
 ]
 
 
@@ -31,9 +31,9 @@ class AbstractGuess(eqx.Module):
         ```
     """
 
-    def is_solution(self, problem: Discretisation) -> bool:
-        """Whether this is no guess but the solution, so that there is nothing left to
-        do. By default it is not."""
+    def is_sequential(self, problem: Discretisation) -> bool:
+        """Whether to solve one substep after the other instead, so that there is
+        nothing to guess. By default not."""
         del problem
         return False
 
@@ -53,7 +53,8 @@ class AbstractGuess(eqx.Module):
             begin and end. `None` if `DeerAdjoint` has merged steps.
         - `solve`: a function `(problem, guess, rtol, max_iters) -> solution`, which
             solves another problem (on a coarser grid, say) jointly, as the `DeerSolver`
-            does, up to this tolerance, and in no more than so many iterations.
+            does, up to this tolerance, and in no more than so many iterations. If
+            `guess` is `None`, then one substep after the other.
 
         **Returns:**
 

@@ -7,6 +7,12 @@ from .._time_axis import first_of
 from .._window import Discretisation, Iterate
 
 
+# Of the solution on a coarser grid. Its discretisation error is larger.
+ROUGH_RTOL = 1e-3
+# A grid that is too coarse need not have a solution at all.
+ROUGH_MAX_ITERS = 64
+
+
 def coarse_grid(
     ts: Real[Array, " substeps_plus_1"], steps: int
 ) -> Real[Array, " steps_plus_1"]:

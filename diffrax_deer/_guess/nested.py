@@ -14,14 +14,13 @@ from .._custom_types import IntScalarLike
 from .._state import DeerState
 from .._window import Discretisation, Iterate
 from .base import AbstractGuess, Solve
-from .coarse_grid import coarse_grid, unless_constant_is_better
+from .coarse_grid import (
+    coarse_grid,
+    ROUGH_MAX_ITERS,
+    ROUGH_RTOL,
+    unless_constant_is_better,
+)
 from .constant import ConstantGuess
-
-
-# Of the solution on a coarser grid. Its discretisation error is larger.
-_RTOL = 1e-3
-# A grid that is too coarse need not have a solution at all.
-_MAX_ITERS = 64
 
 
 class NestedGuess(AbstractGuess):
@@ -63,10 +62,10 @@ class NestedGuess(AbstractGuess):
             coarse = problem.merged(self.factor, self.solver)
         else:
             coarse = problem.on(coarse_grid(problem.ts, steps), self.solver)
-        max_iters = _MAX_ITERS if self.max_iters is None else self.max_iters
+        max_iters = ROUGH_MAX_ITERS if self.max_iters is None else self.max_iters
         first, span = guess(coarse, None, solve)
         # Also if this is not successful: the comparison below decides.
-        solution = solve(coarse, coarse.window.finite(first), _RTOL, max_iters)
+        solution = solve(coarse, coarse.window.finite(first), ROUGH_RTOL, max_iters)
         if is_even:
             t1s = problem.t1s.reshape(steps, self.factor)
             ys = coarse.evaluate_within(coarse.whole(solution.at), t1s)

@@ -38,20 +38,6 @@ class JointSolution(eqx.Module):
     result: RESULTS
 
 
-def known_solution(at: Iterate, span: IntScalarLike) -> JointSolution:
-    """The solution if it has been found otherwise, as one iteration."""
-    # What follows from something that is not finite is not finite.
-    okay = is_finite(at.ys[-1])
-    # Not as constants, of which JAX may make arrays of NumPy.
-    one, span = (jnp.where(okay, n, n).astype(jnp.int32) for n in (1, span))
-    return JointSolution(
-        at=at,
-        num_iterations=one,
-        span=span,
-        result=RESULTS.where(okay, RESULTS.successful, NONFINITE),
-    )
-
-
 class State(eqx.Module):
     """Where an iteration stands."""
 
@@ -231,7 +217,13 @@ class Iteration(eqx.Module):
         J = jnp.where(jnp.expand_dims(usable, range(3, J.ndim)), J, 0)
         system = self.window.eliminate(J)
         condensed = system.condense(seen.r)
+        terms = _terms(J, seen.points)
         # The equations of the stages may have no solution.
+        if len(J) == 1:
+            # Its start does not move, so it does not matter by how much its end would.
+            usable = is_finite(condensed.ys)[:, None]
+            ys = jnp.where(usable, condensed.ys, seen.r.ys)
+            return Iterate(ys, condensed.ks), jnp.array(True), terms
         usable = is_finite(condensed.ys) & is_finite(system.A.reshape(len(J), -1))
         A = jnp.where(jnp.expand_dims(usable, range(1, system.A.ndim)), system.A, 0)
         r = jnp.where(usable[:, None], condensed.ys, seen.r.ys)
@@ -240,7 +232,7 @@ class Iteration(eqx.Module):
         # This changes nothing, unless the scan makes rounding errors larger than ours.
         ys = jnp.where(seen.is_known[:, None], r, ys)
         delta = Iterate(ys, system.substitute(before(ys), condensed))
-        return delta, is_telling, _terms(J, seen.points)
+        return delta, is_telling, terms
 
     def lost(
         self,

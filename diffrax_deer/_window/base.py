@@ -1,8 +1,10 @@
 import abc
+import dataclasses
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from equinox import AbstractVar
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Shaped
@@ -138,6 +140,10 @@ class AbstractWindow(eqx.Module):
         """These values at the ends, and stages that lie in between."""
 
     @abc.abstractmethod
+    def sequential(self) -> Iterate:
+        """The solution, one substep after the other. These must be explicit."""
+
+    @abc.abstractmethod
     def derivative(
         self,
         at: Iterate,
@@ -164,6 +170,11 @@ class AbstractWindow(eqx.Module):
         """All that does not depend on the substep."""
         replace = lambda w: (w.xs, w.y0)
         return eqx.tree_at(replace, self, (None, None), is_leaf=lambda x: x is None)
+
+    def substep(self, x: PyTree[Array], y0: Float[Array, " size"]) -> "AbstractWindow":
+        """A single substep, that begins with this value."""
+        xs = jtu.tree_map(lambda x: x[None], x)
+        return dataclasses.replace(self, xs=xs, y0=y0, sharding=None)
 
     def noise(
         self,

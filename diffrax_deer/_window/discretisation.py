@@ -17,7 +17,6 @@ from .interpolation import time_at
 from .one_step import Substep
 from .quadrature import Whole
 from .scheme import leaves_read, Scheme
-from .stages import StageWindow
 
 
 class Discretisation(eqx.Module):
@@ -111,27 +110,6 @@ class Discretisation(eqx.Module):
         rows = lambda x: x.reshape(-1, factor)
         t0s, t1s = rows(self.t0s)[:, 0], rows(self.t1s)[:, -1]
         return self._with(t0s, t1s, solver)
-
-    def sequential(self) -> Iterate:
-        """The solution, by one step after the other."""
-        window, scheme = self.window, self.core
-        if isinstance(window, StageWindow) and window.is_explicit:
-            return window.sequential()
-
-        def body(y, x):
-            t0, t1, _ = x
-            substep = scheme.step(x, y)
-            y1, dense_info = substep.y1, substep.dense_info
-            return y1, (scheme.ravel(y1), scheme.stages(t0, t1, y, y1, dense_info))
-
-        _, (ys, ks) = lax.scan(body, scheme.y0, window.xs)
-        return scheme.unknowns(Iterate(ys, ks))
-
-    @property
-    def sequential_span(self) -> int:
-        """How many evaluations follow one another in all steps. (Of a solver that is no
-        Runge--Kutta method, how many steps.)"""
-        return self.substeps * self.scheme.span
 
     def whole(self, at: Iterate, may_have_gaps: bool = False) -> Whole:
         """The steps of the solver, of all leaves. There are gaps if one does not begin

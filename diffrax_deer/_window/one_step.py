@@ -90,6 +90,14 @@ class AbstractMapWindow(AbstractWindow):
     def interpolated(self, ys: Float[Array, "substeps size"]) -> Iterate:
         return Iterate(ys, jnp.zeros((len(ys), 0, 0, ys.shape[1]), ys.dtype))
 
+    def sequential(self) -> Iterate:
+        def body(y, x):
+            y1 = self.value(x, y[None])[0, 0]
+            return y1, y1
+
+        _, ys = lax.scan(body, self.y0, self.xs)
+        return self.interpolated(ys)
+
     def derivative(self, at, tangent, start, b):
         core, t_core = self.core, tangent.core
 

@@ -154,8 +154,6 @@ class StageWindow(AbstractWindow):
         return Iterate(ys, ks / self.tableau.parts)
 
     def sequential(self) -> Iterate:
-        """The solution, one stage after the other. Must be explicit."""
-
         # A loop over stages, too, as then the vector field has to be compiled only
         # once. (It is no slower.)
         def body(y, x):

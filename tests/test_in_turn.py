@@ -1,0 +1,124 @@
+"""On a CPU, implicit substeps are solved one after the other."""
+
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffrax import diffeqsolve, ODETerm, PIDController, RESULTS, SaveAt
+from diffrax_deer import (
+    CoarseGuess,
+    ConstantGuess,
+    DeerAdjoint,
+    DeerSolver,
+    ExtrapolationGuess,
+    NestedGuess,
+    RadauIIA,
+)
+
+from .helpers import max_error, solver_id, van_der_pol
+
+
+square = ODETerm(lambda t, y, args: y**2)
+
+
+@eqx.filter_jit
+def _solve(solver, y0=jnp.array([0.1]), term=square, args=None, **kwargs) -> Any:
+    return diffeqsolve(
+        *(term, solver, 0.0, 2.0, 2.0, y0, args),
+        saveat=SaveAt(t1=True, solver_state=True),
+        throw=False,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    "solver", (diffrax.ImplicitEuler(), diffrax.Kvaerno5(), RadauIIA(3)), ids=solver_id
+)
+def test_as_jointly(solver):
+    in_turn = _solve(DeerSolver(solver, 16))
+    jointly = _solve(DeerSolver(solver, 16, guess=ConstantGuess()))
+    assert max_error(in_turn.ys, jointly.ys) < 1e-10
+    assert max_error(in_turn.solver_state.ys, jointly.solver_state.ys) < 1e-10
+    # Of the substep that takes the most, and of all.
+    state = in_turn.solver_state
+    assert 2 <= state.num_iterations <= 4
+    assert 2 * 2 * 16 - 16 <= state.sequential_evaluations <= 2 * 4 * 16
+
+
+def test_very_stiff():
+    # Windows in which a substep has no solution, or is hard to solve, are given up as
+    # soon as it is, and there are no more of them than if they were solved jointly.
+    solver = DeerSolver(diffrax.Kvaerno5(), 64)
+
+    def solve(adjoint):
+        return diffeqsolve(
+            *(ODETerm(van_der_pol), solver, 0.0, 2000.0, 1e-2, jnp.array([2.0, 0.0])),
+            1000.0,
+            stepsize_controller=PIDController(rtol=1e-4, atol=1e-6),
+            adjoint=adjoint,
+        )
+
+    for adjoint in (diffrax.RecursiveCheckpointAdjoint(), DeerAdjoint()):
+        sol: Any = eqx.filter_jit(solve)(adjoint)
+        assert sol.stats["num_steps"] < 120
+        assert max_error(sol.ys[0], np.array([1.706168, -0.000892809])) < 1e-3
+
+
+def test_no_solution():
+    # An implicit Euler step of length 1 has one up to an initial value of 1/4.
+    solver = DeerSolver(diffrax.ImplicitEuler(), 2)
+    y0s = jnp.array([[0.1], [1.0], [0.15]])
+    sols = jax.vmap(lambda y0: _solve(solver, y0))(y0s)
+    assert list(sols.result == RESULTS.successful) == [True, False, True]
+    for n, y0 in enumerate(y0s):
+        alone = _solve(solver, y0)
+        failed = RESULTS.nonlinear_max_steps_reached
+        assert alone.result == (failed if n == 1 else RESULTS.successful)
+        assert max_error(sols.ys[n], alone.ys) < 1e-14
+        assert jnp.isfinite(alone.ys).all()
+        assert jnp.isfinite(alone.solver_state.ys).all()
+    # The others in the batch have gone on.
+    expected = _solve(DeerSolver(diffrax.ImplicitEuler(), 2, guess=ConstantGuess()))
+    assert max_error(sols.ys[0], expected.ys) < 1e-10
+    # An adaptive controller tries again.
+    controller = PIDController(rtol=1e-4, atol=1e-6)
+    sol = _solve(solver, jnp.array([0.4]), stepsize_controller=controller)
+    assert sol.result == RESULTS.successful
+    assert sol.stats["num_rejected_steps"] > 0
+    assert max_error(sol.ys, jnp.array([[2.0]])) < 0.05
+
+
+def test_max_iters():
+    solver = DeerSolver(diffrax.ImplicitEuler(), 8, max_iters=1)
+    assert _solve(solver).result == RESULTS.nonlinear_max_steps_reached
+    # For each of the substeps.
+    solver = DeerSolver(diffrax.ImplicitEuler(), 8, max_iters=4)
+    assert _solve(solver).result == RESULTS.successful
+
+
+@pytest.mark.parametrize(
+    "guess",
+    (
+        CoarseGuess(steps=8),
+        CoarseGuess(diffrax.ImplicitEuler()),
+        NestedGuess(guess=CoarseGuess()),
+        ExtrapolationGuess(first=CoarseGuess()),
+    ),
+    ids=("fewer", "another solver", "nested", "extrapolation"),
+)
+def test_as_a_guess(guess):
+    # Of what is then solved jointly.
+    kwargs: Any = dict(term=ODETerm(van_der_pol), y0=jnp.array([2.0, 0.0]), args=2.0)
+    solver = DeerSolver(diffrax.Kvaerno3(), 32, guess=guess)
+    constant = DeerSolver(diffrax.Kvaerno3(), 32, guess=ConstantGuess())
+    sol, expected = _solve(solver, **kwargs), _solve(constant, **kwargs)
+    assert sol.result == RESULTS.successful
+    assert max_error(sol.ys, expected.ys) < 1e-9
+    span = lambda sol: sol.solver_state.sequential_evaluations
+    assert span(sol) > span(expected)
+    iterations = lambda sol: sol.solver_state.num_iterations
+    assert iterations(sol) < iterations(expected)
