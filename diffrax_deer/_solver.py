@@ -272,15 +272,24 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         args: Args,
     ) -> tuple[bool, ...]:
         """Which leaves of the state are unknowns."""
+        everything = (True,) * len(jtu.tree_leaves(y0))
+        inputs = terms, t0, t1, y0, args
+        is_sequential = lambda: self.is_sequential(*inputs, everything)
+        return leaves_read(self.solver, *inputs, is_sequential)
 
-        def is_sequential():
-            everything = (True,) * len(jtu.tree_leaves(y0))
-            t0s, t1s = self.equal_substeps(t0, t1)
-            problem = self.problem(terms, t0s, t1s, y0, args, everything)
-            is_sequential = self.guess.is_sequential(problem)
-            return is_sequential and problem.window.is_explicit
-
-        return leaves_read(self.solver, terms, t0, t1, y0, args, is_sequential)
+    def is_sequential(
+        self,
+        terms: Terms,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: Y,
+        args: Args,
+        reads: tuple[bool, ...],
+    ) -> bool:
+        """Whether one substep is solved after the other."""
+        t0s, t1s = self.equal_substeps(t0, t1)
+        problem = self.problem(terms, t0s, t1s, y0, args, reads)
+        return self.guess.is_sequential(problem)
 
     def solve_on(
         self,

@@ -7,9 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 from diffrax import diffeqsolve, ODETerm, PIDController, RESULTS, SaveAt
 from diffrax_deer import (
+    AdaptiveGrid,
     CoarseGuess,
     ConstantGuess,
     DeerAdjoint,
@@ -17,6 +19,7 @@ from diffrax_deer import (
     ExtrapolationGuess,
     NestedGuess,
     RadauIIA,
+    UniformGrid,
 )
 
 from .helpers import max_error, solver_id, van_der_pol
@@ -122,3 +125,48 @@ def test_as_a_guess(guess):
     assert span(sol) > span(expected)
     iterations = lambda sol: sol.solver_state.num_iterations
     assert iterations(sol) < iterations(expected)
+
+
+def _loss(mu, adjoint, grid, event, max_steps=4096):
+    sol = diffeqsolve(
+        *(ODETerm(van_der_pol), DeerSolver(RadauIIA(3), 16, grid=grid)),
+        *(0.0, 10.0, 0.1, jnp.array([2.0, 0.0]), mu),
+        saveat=SaveAt(ts=jnp.linspace(0, 2, 5), t1=True),
+        stepsize_controller=PIDController(rtol=1e-8, atol=1e-10),
+        adjoint=adjoint,
+        event=event,
+        max_steps=max_steps,
+    )
+    return jnp.sum(jnp.where(jnp.isfinite(sol.ys), sol.ys, 0) ** 2)  # pyright: ignore
+
+
+@pytest.mark.parametrize("has_event", (False, True))
+@pytest.mark.parametrize("grid", (UniformGrid(), AdaptiveGrid()))
+def test_gradient(grid, has_event):
+    # Substeps that have not been kept are solved for again.
+    root_finder = optx.Newton(1e-12, 1e-12)
+    cond_fn = lambda t, y, args, **kwargs: y[0] - 0.5
+    event = diffrax.Event(cond_fn, root_finder) if has_event else None
+    value_and_grad = eqx.filter_jit(jax.value_and_grad(_loss))
+    at = lambda mu: value_and_grad(jnp.array(mu), DeerAdjoint(), grid, event)
+    value, grad = at(5.0)
+    kept_value, kept_grad = value_and_grad(
+        *(jnp.array(5.0), DeerAdjoint(max_windows=64), grid, event), max_steps=128
+    )
+    assert abs(value - kept_value) < 1e-12 * value
+    assert abs(grad - kept_grad) < 1e-9 * abs(grad)
+    h = 1e-4
+    (above, _), (below, _) = at(5.0 + h), at(5.0 - h)
+    assert abs((above - below) / (2 * h) - grad) < 1e-4 * abs(grad)
+
+
+def test_memory():
+    # Of each window that is allowed the value at its start, beside times.
+    def memory(max_steps):
+        grad = jax.grad(lambda mu: _loss(mu, DeerAdjoint(), grid, None, max_steps))
+        compiled: Any = jax.jit(grad).lower(5.0).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    grid = UniformGrid()
+    per_window = (memory(16000) - memory(8000)) / 8000
+    assert per_window < 2 * (2 + 2) * 8

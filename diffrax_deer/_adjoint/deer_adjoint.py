@@ -52,6 +52,8 @@ from .trajectory import solution, Substeps, System, Trajectory
 _MAX_BYTES = 2**24
 _MIN_SUBSTEPS = 2**12
 _STEPS_IF_ANY = 2**14
+# Up to this many bytes are kept even if they could be found again.
+_FEW_BYTES = 2**20
 # By default, merge up to this many substeps, but keep their Jacobians below this many
 # bytes. On a CPU, where those that are not used are made as well, only a few, or more
 # if there is a Brownian tree, which is gone down once for each window.
@@ -126,6 +128,11 @@ class DeerAdjoint(AbstractAdjoint):
 
             where `size` is that of the state, and `itemsize` is 8 in double and 4 in
             single precision.
+        - On a CPU, with the implicit substeps of a [`diffrax_deer.DeerSolver`][] with
+            the default guess, nothing is kept but the values at which windows begin,
+            either. Backwards, the substeps of one window at a time are solved for
+            again. If there is only room for so many that their whole trajectory would
+            fit into 1 MiB, then this is kept.
         - Otherwise, and if `SaveAt(steps=...)` or `SaveAt(dense=True)` ask for all of
             it, the whole trajectory is kept, so that nothing is solved a second time.
             Of each window, one after the other, the linearised equations are then
@@ -201,16 +208,21 @@ class DeerAdjoint(AbstractAdjoint):
         else:
             times = None
         y0 = ravel(y0, y0)
-        # Or else substeps are made again for their derivatives.
-        is_kept = not differentiates_in_turn(scheme.is_explicit, sharding)
-        has_table = not is_kept and _has_table(scheme, t0, init_state.tnext)
+        is_made = differentiates_in_turn(scheme.is_explicit, sharding)
+        has_table = is_made and _has_table(scheme, t0, init_state.tnext)
+        # Then what is not kept is found again for its derivative.
+        in_turn = is_made or (
+            type(solver) is DeerSolver and solver.is_sequential(*of_first, reads)
+        )
         stepper = self._stepper(
             *(solver, stepsize_controller, times, event, max_steps, scheme.read(y0)),
             *(has_tree(terms), has_table),
         )
         layout = self._layout(
-            *(stepper, stepsize_controller, scheme, saveat, y0, max_steps, is_kept)
+            *(stepper, stepsize_controller, scheme, saveat, y0, max_steps),
+            *(in_turn, is_made),
         )
+        is_kept = layout.keeps_all and not is_made
         # As Diffrax calls the functions of an event.
         call = lambda cond_fn, t, y: cond_fn(
             *(t, y, args),
@@ -251,8 +263,8 @@ class DeerAdjoint(AbstractAdjoint):
             layout.chunk,
         )
         substep_times = SubstepTimes(times, recording.fractions, stepper.substeps)
-        linearisation = stepper.linearisation if is_kept or has_table else None
-        system = System(scheme, substep_times, substeps, is_kept, linearisation)
+        deer = None if is_made and not has_table else stepper.deer
+        system = System(scheme, substep_times, substeps, is_kept, deer)
         trajectory = Trajectory(
             *(system, solution(recording.values, system), jnp.asarray(t0)),
             *(recording.last_ts, final_state.y, recording.points),
@@ -322,11 +334,12 @@ class DeerAdjoint(AbstractAdjoint):
         return MergedWindows(solver, times, steps)
 
     def _layout(
-        self, stepper, controller, scheme, saveat, y0, max_steps, is_kept
+        self, stepper, controller, scheme, saveat, y0, max_steps, in_turn, is_made
     ) -> Layout:
         # Only what is asked for is kept, unless that is everything.
         subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
-        keeps_all = is_kept or saveat.dense or any(sub.steps > 0 for sub in subs)
+        is_asked_for = saveat.dense or any(sub.steps > 0 for sub in subs)
+        keeps_all = is_asked_for or not in_turn
         ts = [sub.ts for sub in subs if sub.ts is not None]
         if len(ts) == 0 or jax.default_backend() != "cpu":
             ts = jnp.zeros(0)
@@ -337,16 +350,19 @@ class DeerAdjoint(AbstractAdjoint):
             num_steps = len(controller.ts) - 1
             max_steps = num_steps if max_steps is None else min(max_steps, num_steps)
         max_windows = self.max_windows
+        parts, stages = scheme.stage_shape
+        bytes_per_start = max(y0.size * y0.dtype.itemsize, 1)
+        bytes_per_substep = bytes_per_start * (2 + parts * stages)
         if max_windows is None:
-            parts, stages = scheme.stage_shape
-            bytes_per_substep = max(y0.size * y0.dtype.itemsize, 1)
-            if keeps_all:
-                bytes_per_substep *= 2 + parts * stages
-            max_substeps = max(_MAX_BYTES // bytes_per_substep, _MIN_SUBSTEPS)
+            needed = bytes_per_substep if keeps_all else bytes_per_start
+            max_substeps = max(_MAX_BYTES // needed, _MIN_SUBSTEPS)
             max_windows = max(max_substeps // stepper.size, 1)
             max_steps = _STEPS_IF_ANY if max_steps is None else max_steps
         if max_steps is not None:
             max_windows = min(max_windows, -(-max_steps // stepper.steps))
+        if max_windows * stepper.size * bytes_per_substep <= _FEW_BYTES:
+            # Then it takes less time to keep a solution than to find it again.
+            keeps_all = keeps_all or not is_made
         chunk = stepper.chunk(scheme, max_windows)
         return Layout(max_windows, stepper.size, chunk, keeps_all, ts)
 

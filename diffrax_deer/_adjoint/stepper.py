@@ -15,13 +15,10 @@ from equinox import AbstractVar
 from jaxtyping import Array, Int, Real
 
 from .._custom_types import IntScalarLike, PyTree
-from .._method import DEER
-from .._scan import AutoScan
 from .._solver import DeerSolver, SolvedWindow
 from .._state import DeerState
 from .._window import controls, Iterate, Scheme, uniform_steps, with_controls
 from .times import advance, KnownTimes, last_of
-from .trajectory import Linearisation
 
 
 # Of a sequential solver, how many steps are differentiated at once on GPUs, and how
@@ -77,8 +74,8 @@ class AbstractStepper(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def linearisation(self) -> Linearisation:
-        """How windows are differentiated that have been kept."""
+    def deer(self) -> DeerSolver:
+        """What differentiates windows by their equations."""
 
     @property
     @abc.abstractmethod
@@ -147,8 +144,8 @@ class AbstractSteps(AbstractStepper):
         return 1
 
     @property
-    def linearisation(self) -> Linearisation:
-        return Linearisation(DEER(), AutoScan(), None)
+    def deer(self) -> DeerSolver:
+        return DeerSolver(self.solver, 1)
 
     @property
     def chosen_by(self) -> Any:
@@ -267,9 +264,8 @@ class AbstractWindows(AbstractStepper):
         return self.solver.substeps
 
     @property
-    def linearisation(self) -> Linearisation:
-        solver = self.solver
-        return Linearisation(solver.method, solver.scan, solver.sharding)
+    def deer(self) -> DeerSolver:
+        return self.solver
 
     def chunk(self, scheme: Scheme, max_windows: int) -> int:
         del scheme, max_windows

@@ -313,7 +313,8 @@ def leaves_read(
         x.size for x, is_read in zip(leaves, reads) if is_read == kind
     )
     is_small = size(False) <= size(True)
-    return everything if is_small and not all(reads) and is_sequential() else reads
+    may_be_made = tableau.is_explicit and is_small and not all(reads)
+    return everything if may_be_made and is_sequential() else reads
 
 
 def _is_ode(term: AbstractTerm) -> bool:
