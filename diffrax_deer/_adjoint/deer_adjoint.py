@@ -212,7 +212,9 @@ class DeerAdjoint(AbstractAdjoint):
         has_table = is_made and _has_table(scheme, t0, init_state.tnext)
         # Then what is not kept is found again for its derivative.
         in_turn = is_made or (
-            type(solver) is DeerSolver and solver.is_sequential(*of_first, reads)
+            type(solver) is DeerSolver
+            and differentiates_in_turn(True, sharding)
+            and solver.is_sequential(*of_first, reads)
         )
         stepper = self._stepper(
             *(solver, stepsize_controller, times, event, max_steps, scheme.read(y0)),

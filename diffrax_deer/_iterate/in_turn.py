@@ -37,10 +37,7 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
 
     def body(state):
         index, last, so_far = state
-        x = jtu.tree_map(
-            lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), window.xs
-        )
-        one = window.substep(x, last.ys[0])
+        one = window.substep(index, last.ys[0])
         # In a batch others may go on.
         okay = so_far.result == RESULTS.successful
         max_iters = jnp.where(okay, most, 0)
@@ -57,8 +54,7 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
         return index + 1, new.at, so_far
 
     substeps, zero = len(jtu.tree_leaves(window.xs)[0]), jnp.array(0, jnp.int32)
-    nothing = window.zeros(1)
-    start = Iterate(window.y0[None], nothing.ks)
+    start = Iterate(window.y0[None], window.zeros(1).ks)
     at = jtu.tree_map(lambda x: jnp.broadcast_to(x, (substeps, *x.shape[1:])), start)
     solution = JointSolution(at, zero, zero, RESULTS.successful)
     _, _, solution = lax.while_loop(goes_on, body, (zero, start, solution))

@@ -219,12 +219,12 @@ class Iteration(eqx.Module):
         condensed = system.condense(seen.r)
         terms = _terms(J, seen.points)
         # The equations of the stages may have no solution.
+        usable = is_finite(condensed.ys)
         if len(J) == 1:
-            # Its start does not move, so it does not matter by how much its end would.
-            usable = is_finite(condensed.ys)[:, None]
-            ys = jnp.where(usable, condensed.ys, seen.r.ys)
+            # Its start does not move, so what follows from that need not be known.
+            ys = jnp.where(usable[:, None], condensed.ys, seen.r.ys)
             return Iterate(ys, condensed.ks), jnp.array(True), terms
-        usable = is_finite(condensed.ys) & is_finite(system.A.reshape(len(J), -1))
+        usable = usable & is_finite(system.A.reshape(len(J), -1))
         A = jnp.where(jnp.expand_dims(usable, range(1, system.A.ndim)), system.A, 0)
         r = jnp.where(usable[:, None], condensed.ys, seen.r.ys)
         scan = whole_scan(self.scan, self.window.sharding)

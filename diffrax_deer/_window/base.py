@@ -3,13 +3,14 @@ import dataclasses
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox import AbstractVar
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Shaped
 
-from .._custom_types import PyTree
+from .._custom_types import IntScalarLike, PyTree
 from .._linear_algebra import Matrices
 from .._time_axis import before, first_of
 from .rounding import nearby, noise
@@ -171,9 +172,12 @@ class AbstractWindow(eqx.Module):
         replace = lambda w: (w.xs, w.y0)
         return eqx.tree_at(replace, self, (None, None), is_leaf=lambda x: x is None)
 
-    def substep(self, x: PyTree[Array], y0: Float[Array, " size"]) -> "AbstractWindow":
-        """A single substep, that begins with this value."""
-        xs = jtu.tree_map(lambda x: x[None], x)
+    def substep(
+        self, index: IntScalarLike, y0: Float[Array, " size"]
+    ) -> "AbstractWindow":
+        """A single substep, as a window that begins with this value."""
+        cut = lambda x: lax.dynamic_slice_in_dim(x, index, 1)
+        xs = jtu.tree_map(cut, self.xs)
         return dataclasses.replace(self, xs=xs, y0=y0, sharding=None)
 
     def noise(
