@@ -208,21 +208,26 @@ class DeerAdjoint(AbstractAdjoint):
         else:
             times = None
         y0 = ravel(y0, y0)
+        # Then those not kept are made again for their derivatives...
         is_made = differentiates_in_turn(scheme.is_explicit, sharding)
         has_table = is_made and _has_table(scheme, t0, init_state.tnext)
-        # Then what is not kept is found again for its derivative.
-        in_turn = is_made or (
-            type(solver) is DeerSolver
-            and differentiates_in_turn(True, sharding)
-            and solver.is_sequential(*of_first, reads)
-        )
         stepper = self._stepper(
             *(solver, stepsize_controller, times, event, max_steps, scheme.read(y0)),
             *(has_tree(terms), has_table),
         )
+        # ...and then they are solved for again, if there may be many of them.
+        is_solved = (
+            type(solver) is DeerSolver
+            and jax.default_backend() == "cpu"
+            and sharding is None
+            and not is_made
+            and dataclasses.replace(solver, substeps=stepper.size).is_sequential(
+                *of_first, reads
+            )
+        )
         layout = self._layout(
             *(stepper, stepsize_controller, scheme, saveat, y0, max_steps),
-            *(in_turn, is_made),
+            *(is_made, is_solved),
         )
         is_kept = layout.keeps_all and not is_made
         # As Diffrax calls the functions of an event.
@@ -265,8 +270,8 @@ class DeerAdjoint(AbstractAdjoint):
             layout.chunk,
         )
         substep_times = SubstepTimes(times, recording.fractions, stepper.substeps)
-        deer = None if is_made and not has_table else stepper.deer
-        system = System(scheme, substep_times, substeps, is_kept, deer)
+        linearisation = None if is_made and not has_table else stepper.linearisation
+        system = System(scheme, substep_times, substeps, is_kept, linearisation)
         trajectory = Trajectory(
             *(system, solution(recording.values, system), jnp.asarray(t0)),
             *(recording.last_ts, final_state.y, recording.points),
@@ -336,12 +341,12 @@ class DeerAdjoint(AbstractAdjoint):
         return MergedWindows(solver, times, steps)
 
     def _layout(
-        self, stepper, controller, scheme, saveat, y0, max_steps, in_turn, is_made
+        self, stepper, controller, scheme, saveat, y0, max_steps, is_made, is_solved
     ) -> Layout:
         # Only what is asked for is kept, unless that is everything.
         subs = jtu.tree_leaves(saveat.subs, is_leaf=_is_subsaveat)
         is_asked_for = saveat.dense or any(sub.steps > 0 for sub in subs)
-        keeps_all = is_asked_for or not in_turn
+        keeps_all = is_asked_for or not (is_made or is_solved)
         ts = [sub.ts for sub in subs if sub.ts is not None]
         if len(ts) == 0 or jax.default_backend() != "cpu":
             ts = jnp.zeros(0)
@@ -362,9 +367,9 @@ class DeerAdjoint(AbstractAdjoint):
             max_steps = _STEPS_IF_ANY if max_steps is None else max_steps
         if max_steps is not None:
             max_windows = min(max_windows, -(-max_steps // stepper.steps))
-        if max_windows * stepper.size * bytes_per_substep <= _FEW_BYTES:
-            # Then it takes less time to keep a solution than to find it again.
-            keeps_all = keeps_all or not is_made
+        is_small = max_windows * stepper.size * bytes_per_substep <= _FEW_BYTES
+        # Then it takes less time to keep them than to solve for them again.
+        keeps_all = keeps_all or (is_solved and is_small)
         chunk = stepper.chunk(scheme, max_windows)
         return Layout(max_windows, stepper.size, chunk, keeps_all, ts)
 

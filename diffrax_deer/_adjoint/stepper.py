@@ -15,10 +15,21 @@ from equinox import AbstractVar
 from jaxtyping import Array, Int, Real
 
 from .._custom_types import IntScalarLike, PyTree
+from .._iterate import solve_in_turn
+from .._method import DEER
+from .._scan import AutoScan
 from .._solver import DeerSolver, SolvedWindow
 from .._state import DeerState
-from .._window import controls, Iterate, Scheme, uniform_steps, with_controls
+from .._window import (
+    controls,
+    Discretisation,
+    Iterate,
+    Scheme,
+    uniform_steps,
+    with_controls,
+)
 from .times import advance, KnownTimes, last_of
+from .trajectory import Linearisation
 
 
 # Of a sequential solver, how many steps are differentiated at once on GPUs, and how
@@ -74,8 +85,8 @@ class AbstractStepper(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def deer(self) -> DeerSolver:
-        """What differentiates windows by their equations."""
+    def linearisation(self) -> Linearisation:
+        """How windows are differentiated by their equations."""
 
     @property
     @abc.abstractmethod
@@ -144,8 +155,9 @@ class AbstractSteps(AbstractStepper):
         return 1
 
     @property
-    def deer(self) -> DeerSolver:
-        return DeerSolver(self.solver, 1)
+    def linearisation(self) -> Linearisation:
+        again = lambda problem: problem.window.sequential()
+        return Linearisation(DEER(), AutoScan(), None, again)
 
     @property
     def chosen_by(self) -> Any:
@@ -264,8 +276,9 @@ class AbstractWindows(AbstractStepper):
         return self.solver.substeps
 
     @property
-    def deer(self) -> DeerSolver:
-        return self.solver
+    def linearisation(self) -> Linearisation:
+        solver, again = self.solver, eqx.Partial(_solve_again, self.solver)
+        return Linearisation(solver.method, solver.scan, solver.sharding, again)
 
     def chunk(self, scheme: Scheme, max_windows: int) -> int:
         del scheme, max_windows
@@ -393,6 +406,14 @@ class MergedWindows(AbstractWindows):
             num_steps=num_steps,
             num_accepted_steps=num_steps,
         )
+
+
+def _solve_again(solver: DeerSolver, problem: Discretisation) -> Iterate:
+    """One substep after the other."""
+    solution = solve_in_turn(solver.iteration(problem))
+    # It has been solved before, so this can only be a mistake, which must be seen.
+    okay = solution.result == RESULTS.successful
+    return jtu.tree_map(lambda x: jnp.where(okay, x, jnp.nan), solution.at)
 
 
 def _made(

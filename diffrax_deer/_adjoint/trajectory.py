@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, Real
 
 from .._custom_types import PyTree
 from .._implicit import as_known, implicit_solution, without_gradient
-from .._iterate import solve_in_turn
-from .._solver import DeerSolver
+from .._method import AbstractMethod
+from .._scan import AbstractScan
 from .._tangents import with_zeros
 from .._time_axis import at_index, divided, place_in
 from .._window import Discretisation, Iterate, Scheme
@@ -90,6 +90,20 @@ class Substeps(eqx.Module):
         return jnp.where(is_kept, place.astype(jnp.int32), beyond)
 
 
+class Linearisation(eqx.Module):
+    """How the equations of substeps are linearised and solved.
+
+    **Attributes:**
+
+    - `again`: a function `problem -> solution`, which solves them again.
+    """
+
+    method: AbstractMethod
+    scan: AbstractScan
+    sharding: NamedSharding | None = eqx.field(static=True)
+    again: Callable[[Discretisation], Iterate]
+
+
 class System(eqx.Module):
     """All that the solution depends on, once every decision has been made.
 
@@ -98,17 +112,16 @@ class System(eqx.Module):
     - `scheme`: the differential equation and the solver.
     - `times`: when its substeps begin and end.
     - `substeps`: which of them there are.
-    - `is_kept`: whether the substeps have been kept. If not then they are solved for
-        again, one after the other.
-    - `deer`: what differentiates them by their equations, or `None` if they are
-        differentiated by what it takes to make them.
+    - `is_kept`: whether the substeps have been kept. If not then they are found again.
+    - `linearisation`: how they are differentiated by their equations, or `None` if they
+        are by what it takes to make them.
     """
 
     scheme: Scheme
     times: SubstepTimes
     substeps: Substeps
     is_kept: bool = eqx.field(static=True)
-    deer: DeerSolver | None
+    linearisation: Linearisation | None
 
     def of_substeps(self, index: Int[Array, "*shape"]) -> tuple[Array, Array]:
         """When substeps begin and end. Those that are not used have length zero."""
@@ -117,7 +130,7 @@ class System(eqx.Module):
     @property
     def sharding(self) -> NamedSharding | None:
         """How substeps are divided over devices."""
-        return None if self.deer is None else self.deer.sharding
+        return None if self.linearisation is None else self.linearisation.sharding
 
     def chunk(
         self,
@@ -135,15 +148,14 @@ class System(eqx.Module):
         t0s, t1s = self.times.part(self.substeps.per_chunk * index, rows)(
             of_all, number
         )
-        scheme, deer = self.scheme, self.deer
+        scheme, how = self.scheme, self.linearisation
         scheme = dataclasses.replace(scheme, y0=scheme.unravel(start))
         part = Discretisation(scheme, t0s, t1s, self.sharding)
-        if deer is None:
+        if how is None:
             made = part.window.sequential()
         else:
             if at is None:
-                again = lambda: solve_in_turn(deer.iteration(part)).at
-                at = without_gradient(again)
+                at = without_gradient(lambda: how.again(part))
             else:
                 # What is not used stays where it is.
                 is_used = of_all < number
@@ -151,7 +163,7 @@ class System(eqx.Module):
                 ks = jnp.where(is_used[:, None, None, None], at.ks, 0)
                 at = scheme.unknowns(Iterate(ys, ks))
             made: Iterate = implicit_solution(
-                at, part.window, method=deer.method, scan=deer.scan
+                at, part.window, method=how.method, scan=how.scan
             )
         # Step size controllers may have stepped over jumps.
         whole = part.whole(made, may_have_gaps=True)

@@ -118,6 +118,9 @@ class Iteration(eqx.Module):
         drifts = _drifts(self.window, seen.r, rounding)
         is_exact = state.convergence.is_exact(excesses, drifts) & seen.exists
         is_exact = jnp.all(is_exact)
+        if len(excesses) == 1:
+            # Of a single substep there is no drift to be seen.
+            is_exact = is_exact & (state.num_iterations > 0)
         # In a batch, all or none: a `cond` that differs between elements is no saving.
         return lax.cond(
             eqxi.unvmap_all(is_exact),
