@@ -96,9 +96,9 @@ class Report:
     - `sequential`: how many evaluations of the vector field follow one another if the
         wrapped solver is used by itself in the same call (or on the same grid, with
         constant steps). `None` if it is implicit.
-    - `is_sequential`: whether the guess was the solution already, found by one step
-        after the other, so that nothing was solved jointly. This is so on a CPU, by
-        default.
+    - `is_sequential`: whether one substep was solved after the other, so that nothing
+        was solved jointly, and there are no iterations to be seen. This is so on a CPU,
+        by default.
     - `amplification`: the largest factor, over all substeps, by which the wrapped
         solver amplifies a perturbation and the differential equation does not. If it is
         explicit, and this is more than 2, then it is unstable. NaN if unknown.
@@ -424,7 +424,11 @@ class _Observed(AbstractForwardingSolver[tuple[DeerState, Array]]):
             if not is_sequential:
                 # How it would go on the grid that was found.
                 at, _ = solver.first_guess(problem, deer_state)
-            seen = _observe(solver.iteration(problem), at, self.history)
+            iteration = solver.iteration(problem)
+            if is_sequential:
+                # A look at it is all there is, also if it has failed.
+                iteration = dataclasses.replace(iteration, max_iters=1)
+            seen = _observe(iteration, at, self.history)
         else:
             iteration = solver.iteration(problem)
             guess, span = solver.first_guess(problem, deer_state)
@@ -690,11 +694,14 @@ def _advice_on_windows(report: Report, length: float) -> list[str]:
             "The problem is stiff: use an implicit solver, for example `RadauIIA(3)`."
         ]
     if report.is_sequential:
-        return [
-            "The guess is the solution, made by one step after the other, as suits a "
-            "CPU: nothing was solved jointly. With `guess=ConstantGuess()` this says "
-            "what a GPU would do."
+        advice = [
+            "One substep was solved after the other, as suits a CPU: nothing was "
+            "solved jointly. With `guess=ConstantGuess()` this says what a GPU would "
+            "do."
         ]
+        if report.result == TOO_MANY_ITERATIONS:
+            advice.append("One of them could not be solved. Try shorter steps.")
+        return advice
     if num_substeps is None:
         if report.result != RESULTS.successful:
             return []

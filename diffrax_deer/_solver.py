@@ -177,8 +177,8 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
 
     @property
     def root_finder(self) -> Any:
-        # Diffrax refuses to go on without tolerances for it, and says how to pass them.
-        # There are no root finders in the steps of a Runge--Kutta method.
+        # Without tolerances for it Diffrax refuses to go on. The substeps of a
+        # Runge--Kutta method have no root finder, so this one is never used.
         has_none = tableau_of(self.solver) is not None
         return _NO_ROOT_FINDER if has_none else super().root_finder
 
@@ -541,7 +541,8 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     [`diffrax_deer.AbstractGuess`][]. Defaults to whatever suits the platform on which
     the computation is going to run. If the `solver_state` passed to `diffeqsolve` is
     that of a window from exactly the same `t0` to exactly the same `t1`, then its
-    trajectory is the first guess instead.
+    trajectory is the first guess instead. (But nothing is guessed if one substep is
+    solved after the other, as on a CPU by default.)
 - `grid`: where the substeps of each window begin and end. Either
     [`diffrax_deer.UniformGrid`][], the default, or [`diffrax_deer.AdaptiveGrid`][].
 - `rtol`, `atol`: the iteration ends once the trajectory, stages included, is as close
@@ -553,13 +554,14 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     defaults to `0.01 * rtol`, or to as much less as the largest value is less than 1.
 - `norm`: a function `PyTree -> Scalar` that says how large a change is, relative to the
     tolerances. It is called with an array of shape `(substeps, size)`, where `size` is
-    that of those leaves of the state that the vector field reads.
+    that of those leaves of the state that the vector field reads, or `(1, size)` if one
+    substep is solved after the other.
 - `max_iters`: the maximum number of iterations for each window, or each time that its
     grid moves. A positive integer. If more would be needed then the window fails.
     Defaults to one more than there are unknowns: `substeps`, times the number of stages
     plus one if the wrapped solver is a Runge--Kutta method. If the wrapped solver is
-    explicit and the solution finite, then this always suffices. Implicit substeps that
-    are solved one after the other have so many each, by default 16.
+    explicit and the solution finite, then this always suffices. If one implicit substep
+    is solved after the other, then each has so many iterations, by default 32.
 - `sharding`: how each window is divided over devices, along its time axis. A
     `jax.sharding.NamedSharding` whose `PartitionSpec` names the axis (or a tuple of
     axes) of the mesh. Its number of devices must divide `substeps`, and its axes must

@@ -355,6 +355,21 @@ def test_tables(solver, is_adaptive):
     assert max_error(derivatives(DeerAdjoint()), expected) < 1e-9
 
 
+def test_table_read_within_another_solver():
+    # Not a `DeerSolver` itself.
+    solver = diffrax.HalfSolver(deer(tsit5, 2))
+
+    def loss(table, adjoint):
+        term, y0 = ODETerm(_interpolated), jnp.array(1.0)
+        sol = diffeqsolve(term, solver, 0, 1, 0.25, y0, table, adjoint=adjoint)
+        return weighted_sum(sol.ys)
+
+    grad = eqx.filter_jit(jax.grad(loss))
+    table = 1 + jnp.sin(jnp.linspace(0, 9, 5000))
+    expected = grad(table, diffrax.RecursiveCheckpointAdjoint())
+    assert max_error(grad(table, DeerAdjoint()), expected) < 1e-9
+
+
 def test_single_precision_and_pytrees():
     def vector_field(t, y, args):
         # Not defined at zero, which is what memory that is not used may contain.

@@ -151,6 +151,11 @@ def test_on_a_cpu():
     report = diagnose(term, DeerSolver(tsit5, 64), 0, 5, 5, y0)
     assert report.is_sequential and report.recommended_substeps is None
     assert "nothing was solved jointly" in str(report)
+    # An implicit Euler step of length 1/4 has a solution up to an initial value of 1.
+    square = ODETerm(lambda t, y, args: y**2)
+    report = diagnose(square, DeerSolver(diffrax.ImplicitEuler(), 4), 0, 1, 1, 3.0)
+    assert report.result == RESULTS.nonlinear_max_steps_reached
+    assert "Try shorter steps" in str(report)
 
 
 def test_sharding():

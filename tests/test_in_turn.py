@@ -17,7 +17,10 @@ from diffrax_deer import (
     DeerAdjoint,
     DeerSolver,
     ExtrapolationGuess,
+    Jacobi,
     NestedGuess,
+    Picard,
+    QuasiDEER,
     RadauIIA,
     UniformGrid,
 )
@@ -125,6 +128,46 @@ def test_as_a_guess(guess):
     assert span(sol) > span(expected)
     iterations = lambda sol: sol.solver_state.num_iterations
     assert iterations(sol) < iterations(expected)
+
+
+@pytest.mark.parametrize("substeps, windows", ((4096, 1), (64, 64), (1, 4096)))
+def test_single_precision(substeps, windows):
+    # Small steps of a solution that moves slowly add up.
+    y0, zero, one = jnp.ones(1, jnp.float32), jnp.float32(0), jnp.float32(1)
+    sol = diffeqsolve(
+        *(ODETerm(lambda t, y, args: -y), DeerSolver(diffrax.Kvaerno3(), substeps)),
+        *(zero, one, one / windows, y0),
+        adjoint=DeerAdjoint(),
+    )
+    assert sol.ys is not None and sol.ys.dtype == jnp.float32
+    assert max_error(sol.ys, np.exp([[-1.0]])) < 1e-4
+
+
+@pytest.mark.parametrize("method", (Picard(), Jacobi(), QuasiDEER(samples=1)))
+def test_methods(method):
+    # Also those that converge slowly.
+    kwargs: Any = dict(term=ODETerm(van_der_pol), y0=jnp.array([2.0, 0.0]), args=2.0)
+    sol = _solve(DeerSolver(diffrax.Kvaerno5(), 24, method=method), **kwargs)
+    expected = _solve(DeerSolver(diffrax.Kvaerno5(), 24), **kwargs)
+    assert sol.result == RESULTS.successful
+    assert sol.solver_state.num_iterations > expected.solver_state.num_iterations
+    assert max_error(sol.ys, expected.ys) < 1e-8
+
+
+def test_gradient_of_merged_windows():
+    # Of which the guess says something else than of one of their steps.
+    solver = DeerSolver(diffrax.Kvaerno5(), 1, guess=CoarseGuess(steps=1))
+
+    def last(mu, max_steps):
+        sol: Any = diffeqsolve(
+            *(ODETerm(van_der_pol), solver, 0.0, 3.0, 0.12, jnp.array([2.0, 0.0]), mu),
+            adjoint=DeerAdjoint(),
+            max_steps=max_steps,
+        )
+        return sol.ys[0, 0]
+
+    few, many = (jax.jit(jax.grad(last), static_argnums=1)(2.0, n) for n in (30, 10**5))
+    assert abs(few - many) < 1e-9 * abs(few)
 
 
 def _loss(mu, adjoint, grid, event, max_steps=4096):

@@ -128,11 +128,10 @@ class DeerAdjoint(AbstractAdjoint):
 
             where `size` is that of the state, and `itemsize` is 8 in double and 4 in
             single precision.
-        - On a CPU, with the implicit substeps of a [`diffrax_deer.DeerSolver`][] with
-            the default guess, nothing is kept but the values at which windows begin,
-            either. Backwards, the substeps of one window at a time are solved for
-            again. If there is only room for so many that their whole trajectory would
-            fit into 1 MiB, then this is kept.
+        - On a CPU, with a [`diffrax_deer.DeerSolver`][] that solves one implicit
+            substep after the other, nothing is kept but the values at which windows
+            begin. Backwards, the substeps of one window at a time are solved for again.
+            If all that is allowed fits into 1 MiB, then it is kept.
         - Otherwise, and if `SaveAt(steps=...)` or `SaveAt(dense=True)` ask for all of
             it, the whole trajectory is kept, so that nothing is solved a second time.
             Of each window, one after the other, the linearised equations are then
@@ -437,8 +436,9 @@ def _error_if_failed(
                 result == TOO_MANY_ITERATIONS,
                 f"A window of `DeerSolver`, of {layout.window_size} substeps, has not "
                 f"converged within {limit} iterations. Use shorter windows (a smaller "
-                "`dt0`, with as many fewer `substeps`), or an adaptive step size "
-                f"controller, which finds out how long they may be. {_DIAGNOSE}",
+                "`dt0`, with as many fewer `substeps`, or with as many if the wrapped "
+                "solver is implicit), or an adaptive step size controller, which finds "
+                f"out how long they may be. {_DIAGNOSE}",
             ),
             (
                 result == NONFINITE,

@@ -14,8 +14,8 @@ from .iteration import Iteration, JointSolution
 
 
 # Newton's method solves most substeps by 2 to 4 iterations, and methods that converge
-# linearly by a few dozens. What takes more than this is rarely solved by any number.
-_MAX_ITERS = 64
+# linearly by up to some 30. What takes more than this is rarely solved by any number.
+_MAX_ITERS = 32
 
 
 def solve_in_turn(iteration: Iteration) -> JointSolution:

@@ -65,7 +65,8 @@ class AbstractMethod(eqx.Module):
         The correction: the solution of $\delta_{n+1} = A_n \delta_n + r_n$, $\delta_0 =
         0$, or something smaller. And whether its size tells how far away the solution
         is. If the first $n$ residuals are zero, then so are the first $n$ corrections,
-        and the one that follows equals its residual, whatever is returned for them.
+        and the one that follows equals its residual, whatever is returned for them. (So
+        a single substep is corrected without being asked for.)
         """
 
     @abc.abstractmethod

@@ -310,7 +310,7 @@ def leaves_read(
 
     reads = which_are_read(increments, y0)
     size = lambda kind: sum(
-        x.size for x, is_read in zip(leaves, reads) if is_read == kind
+        jnp.size(x) for x, is_read in zip(leaves, reads) if is_read == kind
     )
     is_small = size(False) <= size(True)
     may_be_made = tableau.is_explicit and is_small and not all(reads)
