@@ -360,7 +360,7 @@ def test_table_read_within_another_solver():
     solver = diffrax.HalfSolver(deer(tsit5, 2))
 
     def loss(table, adjoint):
-        term, y0 = ODETerm(_interpolated), jnp.array(1.0)
+        term, y0 = ODETerm(_interpolated), jnp.array([1.0, 0.5])
         sol = diffeqsolve(term, solver, 0, 1, 0.25, y0, table, adjoint=adjoint)
         return weighted_sum(sol.ys)
 
