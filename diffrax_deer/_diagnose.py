@@ -415,8 +415,7 @@ class _Observed(AbstractForwardingSolver[tuple[DeerState, Array]]):
         del made_jump
         solver = self.solver
         reads = solver.leaves_read(terms, t0, t1, y0, args)
-        t0s, t1s = solver.equal_substeps(t0, t1)
-        problem = solver.problem(terms, t0s, t1s, y0, args, reads)
+        problem = solver.uniform_problem(terms, t0, t1, y0, args, reads)
         is_sequential = solver.guess.is_sequential(problem)
         if is_sequential or not solver.grid.is_uniform:
             solved = solver.solve_window(terms, t0, t1, y0, args, deer_state)

@@ -274,10 +274,12 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         """Which leaves of the state are unknowns."""
         everything = (True,) * len(jtu.tree_leaves(y0))
         inputs = terms, t0, t1, y0, args
-        is_sequential = lambda: self.is_sequential(*inputs, everything)
+        is_sequential = lambda: self.guess.is_sequential(
+            self.uniform_problem(*inputs, everything)
+        )
         return leaves_read(self.solver, *inputs, is_sequential)
 
-    def is_sequential(
+    def uniform_problem(
         self,
         terms: Terms,
         t0: RealScalarLike,
@@ -285,11 +287,10 @@ class DeerSolver(AbstractForwardingSolver[DeerState]):
         y0: Y,
         args: Args,
         reads: tuple[bool, ...],
-    ) -> bool:
-        """Whether one substep is solved after the other."""
+    ) -> Discretisation:
+        """A window that is divided into equal substeps."""
         t0s, t1s = self.equal_substeps(t0, t1)
-        problem = self.problem(terms, t0s, t1s, y0, args, reads)
-        return self.guess.is_sequential(problem)
+        return self.problem(terms, t0s, t1s, y0, args, reads)
 
     def solve_on(
         self,

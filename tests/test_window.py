@@ -91,9 +91,10 @@ def _sequential(solver):
     scheme = discretisation.scheme
 
     def step(y0, x):
-        substep = scheme.step(x, y0)
-        y1 = substep.y1
-        ks = scheme.stages(x[0], x[1], y0, y1, substep.dense_info)
+        t0, t1, _ = x
+        inputs = scheme.terms, t0, t1, y0, scheme.args
+        y1, _, infos, _, _ = solver.step(*inputs, solver.init(*inputs), False)
+        ks = scheme.stages(t0, t1, y0, y1, infos)
         return y1, (scheme.ravel(y1), ks)
 
     def solve():

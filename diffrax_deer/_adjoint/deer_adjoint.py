@@ -220,8 +220,10 @@ class DeerAdjoint(AbstractAdjoint):
             and jax.default_backend() == "cpu"
             and sharding is None
             and not is_made
-            and dataclasses.replace(solver, substeps=stepper.size).is_sequential(
-                *of_first, reads
+            and solver.guess.is_sequential(
+                dataclasses.replace(solver, substeps=stepper.size).uniform_problem(
+                    *of_first, reads
+                )
             )
         )
         layout = self._layout(

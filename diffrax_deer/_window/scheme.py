@@ -133,14 +133,11 @@ class Scheme(eqx.Module):
         return t0s, t1s, tuple(jax.vmap(term.contr)(t0s, t1s) for term in parts)
 
     def step(self, x: tuple[Array, Array, PyTree[Array]], y0: Y) -> Substep:
-        """One of these steps, by the solver."""
+        """One of these steps, by a solver that is no Runge--Kutta method."""
         t0, t1, controls = x
-        solver, terms, args = self.solver, self.terms, self.args
-        # (Steps of a Runge--Kutta method are differentiated by their equations, and its
-        # controls are those of its parts.)
-        if self.tableau is None:
-            solver, kwargs = jvp_compatible(solver), solver.term_compatible_contr_kwargs
-            terms = with_controls(terms, kwargs, t0, t1, controls)
+        solver, args = jvp_compatible(self.solver), self.args
+        kwargs = solver.term_compatible_contr_kwargs
+        terms = with_controls(self.terms, kwargs, t0, t1, controls)
         # A one-step method has no memory: its state only ever caches what can be found
         # from `(t0, t1, y0)` as well. So each substep begins with a new one.
         state = solver.init(terms, t0, t1, y0, args)
