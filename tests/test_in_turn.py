@@ -104,6 +104,13 @@ def test_max_iters():
     # For each of the substeps.
     solver = DeerSolver(diffrax.ImplicitEuler(), 8, max_iters=4)
     assert _solve(solver).result == RESULTS.successful
+    # Those of a chord method included.
+    for max_iters in (1, 2, 6):
+        solver = DeerSolver(diffrax.ImplicitEuler(), 8, max_iters=max_iters)
+        sol = _solve(solver, jnp.full(8, 0.1))
+        is_enough = sol.result == RESULTS.successful
+        assert bool(is_enough) == (max_iters == 6)
+        assert sol.solver_state.num_iterations <= max_iters
 
 
 @pytest.mark.parametrize(
@@ -152,6 +159,62 @@ def test_methods(method):
     assert sol.result == RESULTS.successful
     assert sol.solver_state.num_iterations > expected.solver_state.num_iterations
     assert max_error(sol.ys, expected.ys) < 1e-8
+
+
+def _coupled(t, y, mu):
+    # Van der Pol oscillators in a ring.
+    x, v = jnp.split(y, 2)
+    return jnp.concatenate([v, mu * ((1 - x**2) * v - x) + jnp.roll(x, 1) - x])
+
+
+_imex = diffrax.MultiTerm(
+    ODETerm(lambda t, y, mu: jnp.sin(t + jnp.roll(y, 1))), ODETerm(_coupled)
+)
+
+
+@pytest.mark.parametrize(
+    "solver, size",
+    (
+        (diffrax.ImplicitEuler(), 8),
+        (diffrax.Kvaerno5(), 8),
+        (diffrax.Sil3(), 8),
+        (RadauIIA(3), 8),
+        (RadauIIA(3), 24),
+    ),
+    ids=lambda x: x if isinstance(x, int) else solver_id(x),
+)
+def test_large_states(solver, size):
+    # One Jacobian serves all stages and iterations of a substep.
+    is_imex = isinstance(solver, diffrax.Sil3)
+    y0 = jnp.concatenate([jnp.linspace(1, 2, size // 2), jnp.zeros(size // 2)])
+    kwargs: Any = dict(term=_imex if is_imex else ODETerm(_coupled), y0=y0, args=2.0)
+    in_turn = _solve(DeerSolver(solver, 32), **kwargs)
+    jointly = _solve(DeerSolver(solver, 32, guess=ConstantGuess()), **kwargs)
+    assert in_turn.result == jointly.result == RESULTS.successful
+    assert max_error(in_turn.solver_state.ys, jointly.solver_state.ys) < 1e-10
+    state = in_turn.solver_state
+    assert 5 <= state.num_iterations <= 10
+    assert state.sequential_evaluations <= 32 * (state.num_iterations + 2)
+
+
+def test_large_states_that_move_far():
+    # The chord method fails, and Newton's begins again.
+    cubic = ODETerm(lambda t, y, args: -args * y**3 + jnp.roll(y, 1))
+    y0, factors = jnp.linspace(1, 2, 8), jnp.array([1.0, 1e6, 1e2])
+    solver = DeerSolver(diffrax.ImplicitEuler(), 2)
+    solve = lambda args: _solve(solver, y0, cubic, args)
+    sols = jax.vmap(solve)(factors)
+    assert (sols.result == RESULTS.successful).all()
+    for n, factor in enumerate(factors):
+        alone = solve(factor)
+        assert alone.solver_state.num_iterations > 10
+        # Also jointly more than there are unknowns.
+        constant = DeerSolver(diffrax.ImplicitEuler(), 2, guess=ConstantGuess())
+        expected = _solve(constant, y0, cubic, factor)
+        assert expected.result == RESULTS.successful
+        assert expected.solver_state.num_iterations > 5
+        assert max_error(alone.ys, expected.ys) < 1e-10
+        assert max_error(sols.ys[n], alone.ys) < 1e-10
 
 
 def test_gradient_of_merged_windows():

@@ -10,12 +10,8 @@ from diffrax import RESULTS
 
 from .._failure import NONFINITE
 from .._window import is_finite, Iterate
+from .chord import chord
 from .iteration import Iteration, JointSolution
-
-
-# Newton's method solves most substeps by 2 to 4 iterations, and methods that converge
-# linearly by up to some 30. What takes more than this is rarely solved by any number.
-_MAX_ITERS = 32
 
 
 def solve_in_turn(iteration: Iteration) -> JointSolution:
@@ -28,7 +24,6 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
     window = iteration.window
     if window.is_explicit:
         return _made(iteration)
-    most = _MAX_ITERS if iteration.max_iters is None else iteration.max_iters
 
     def goes_on(state):
         index, _, so_far = state
@@ -38,13 +33,15 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
     def body(state):
         index, last, so_far = state
         one = window.substep(index, last.ys[0])
-        # In a batch others may go on.
-        okay = so_far.result == RESULTS.successful
-        max_iters = jnp.where(okay, most, 0)
-        alone = dataclasses.replace(iteration, window=one, max_iters=max_iters)
         # What happened in the last substep is likely to happen again. (On another grid
         # it is of another length, but by less than twice.)
-        new = alone.run(one.targets(last, last.ks))
+        guess = one.targets(last, last.ks)
+        first = chord(one, iteration.method, guess, iteration.max_iters)
+        alone = dataclasses.replace(iteration, window=one, chord=first)
+        # In a batch others may go on.
+        okay = so_far.result == RESULTS.successful
+        max_iters = jnp.where(okay, alone.limit(guess), 0)
+        new = dataclasses.replace(alone, max_iters=max_iters).run(guess)
         put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, index, axis=0)
         so_far = JointSolution(
             at=jtu.tree_map(put, so_far.at, new.at),

@@ -106,6 +106,12 @@ class AbstractWindow(eqx.Module):
         """Where the function has to be evaluated."""
 
     @abc.abstractmethod
+    def middle(
+        self, at: Iterate
+    ) -> tuple["AbstractWindow", Float[Array, "substeps 1 size"]]:
+        """One of these points in each substep, and a window that has no others."""
+
+    @abc.abstractmethod
     def targets(
         self, at: Iterate, values: Float[Array, "substeps parts points size"]
     ) -> Iterate:
@@ -123,7 +129,7 @@ class AbstractWindow(eqx.Module):
     @abc.abstractmethod
     def eliminate(self, J: Matrices) -> AbstractElimination:
         """`J` are the Jacobians of the function, with axes `substeps parts points`, and
-        one or two more."""
+        one or two more. Those at a single point stand for all others as well."""
 
     @abc.abstractmethod
     def net(self, r: Iterate) -> Float[Array, "substeps size"]:

@@ -43,14 +43,15 @@ class StageElimination(AbstractElimination):
 
     def __init__(self, tableau: Tableau, J: Matrices):
         self.tableau = tableau
-        self.J = J
+        is_same = J.shape[2] < tableau.stages
+        self.J = jnp.broadcast_to(J, (*J.shape[:2], tableau.stages, *J.shape[3:]))
         self.is_exact = True
         if tableau.is_diagonally_implicit:
-            self.inverses = self._of_stages()
-        elif self._is_diagonal or tableau.stages * J.shape[-1] <= _DENSE:
+            self.inverses = self._of_stages(is_same)
+        elif self._is_diagonal or self._as_a_whole:
             self.inverses = [self._of_all_stages()]
         else:
-            self.is_exact = False
+            self.is_exact = is_same
             self.inverses = [self._of_modes()]
         if self._is_diagonal:
             self.A_stages, self.A = self._step(jnp.ones_like(J[:, 0, 0]))
@@ -75,6 +76,10 @@ class StageElimination(AbstractElimination):
     @property
     def _is_diagonal(self):
         return self.J.ndim == 4
+
+    @property
+    def _as_a_whole(self):
+        return self.tableau.stages * self.J.shape[-1] <= _DENSE
 
     def _step(self, starts):
         # What a correction at the start becomes in the stages, and at the end.
@@ -102,18 +107,23 @@ class StageElimination(AbstractElimination):
                 dY = dY + float(A[i, i]) * r[:, part, i]
         return _apply(self.inverses[i], dY)
 
-    def _of_stages(self):
+    def _of_stages(self, is_same):
         diagonals = np.diagonal(self.tableau.A, axis1=1, axis2=2)
         implicit = np.flatnonzero(diagonals.any(axis=0))
         if len(implicit) == 0:
             return [()] * self.tableau.stages
-        J = self.J[:, :, implicit]
-        weights = jnp.asarray(diagonals[:, implicit], J.dtype)
+        weights, which = diagonals[:, implicit], range(len(implicit))
+        if is_same:
+            # Most methods have the same coefficient in all of them.
+            weights, which = np.unique(weights, axis=1, return_inverse=True)
+            which = which.ravel()
+        J = self.J[:, :, implicit[: weights.shape[1]]]
+        weights = jnp.asarray(weights, J.dtype)
         weights = jnp.expand_dims(weights, (0, *range(3, J.ndim)))
         X = -jnp.sum(weights * J, axis=1)
         inverse = 1 / (1 + X) if self._is_diagonal else _inverse(X)
         inverses: list[tuple[Array, ...]] = [()] * self.tableau.stages
-        for k, i in enumerate(implicit):
+        for i, k in zip(implicit, which):
             inverses[i] = (inverse[:, k],)
         return inverses
 
@@ -166,9 +176,9 @@ class StageElimination(AbstractElimination):
             terms = transform(real) * u - transform(imag) * v
             return jnp.sum(terms, axis=1)
 
-        # The Jacobians are not the same, so this has to be repeated.
+        # If the Jacobians are not the same then this has to be repeated.
         dY = roughly(rhs)
-        for _ in range(_REFINEMENTS):
+        for _ in range(0 if self.is_exact else _REFINEMENTS):
             dk = matvec(self.J, dY[:, None])
             dY = dY + roughly(rhs + weighted(self.tableau.A, dk) - dY)
         return dY
@@ -181,7 +191,7 @@ class StageElimination(AbstractElimination):
         if self._is_diagonal:
             dY = _apply(self.inverses[0], jnp.swapaxes(dY, -1, -2))
             dY = jnp.swapaxes(dY, -1, -2)
-        elif self.is_exact:
+        elif self._as_a_whole:
             dY = _apply(self.inverses[0], dY.reshape(len(dY), -1)).reshape(shape)
         else:
             dY = self._solve_modes(dY)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,11 @@ class StageWindow(AbstractWindow):
 
     def points(self, at: Iterate) -> Float[Array, "substeps stages size"]:
         return self.starts(at.ys)[:, None] + weighted(self.tableau.A, at.ks)
+
+    def middle(self, at):
+        index, tableau = self.tableau.middle
+        alone = dataclasses.replace(self, tableau=tableau)
+        return alone, self.points(at)[:, index : index + 1]
 
     def targets(
         self, at: Iterate, values: Float[Array, "substeps parts stages size"]

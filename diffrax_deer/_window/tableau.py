@@ -61,8 +61,15 @@ class Tableau:
     def core(self) -> "Tableau":
         """The same, without stages that do not have to be solved for."""
         i = np.flatnonzero(self.is_unknown)
-        if len(i) == self.stages:
-            return self
+        return self if len(i) == self.stages else self._only(i)
+
+    @ft.cached_property
+    def middle(self) -> tuple[int, "Tableau"]:
+        """Which stage is closest to the middle of a step, and that one alone."""
+        index = int(np.argmin(abs(self.c[0] - 0.5)))
+        return index, self._only([index])
+
+    def _only(self, i):
         return dataclasses.replace(
             self,
             A=self.A[:, i][:, :, i],
