@@ -350,6 +350,34 @@ def stiff() -> Call:
     return Call(solve, rates, 1e-4, ts)
 
 
+def reaction() -> Call:
+    # The Brusselator, with diffusion along a line.
+    cells = 32
+
+    def field(t, y, diffusivity):
+        u, v = jnp.pad(y[0], 1, constant_values=1), jnp.pad(y[1], 1, constant_values=3)
+        diffuse = lambda x: diffusivity * (x[2:] - 2 * x[1:-1] + x[:-2]) * cells**2
+        u, v, du, dv = u[1:-1], v[1:-1], diffuse(u), diffuse(v)
+        return jnp.stack([1 + u**2 * v - 4 * u + du, 3 * u - u**2 * v + dv])
+
+    def solve(diffeqsolve, params, y0):
+        return diffeqsolve(
+            dfx.ODETerm(field),
+            dfx.Kvaerno5(),
+            0,
+            10,
+            1e-3,
+            y0,
+            params,
+            saveat=dfx.SaveAt(ts=jnp.linspace(0, 10, 21)),
+            stepsize_controller=dfx.PIDController(rtol=1e-6, atol=1e-8),
+        )
+
+    x = (jnp.arange(cells) + 1) / (cells + 1)
+    y0 = jnp.stack([1 + jnp.sin(2 * jnp.pi * x), jnp.full(cells, 3.0)])
+    return Call(solve, jnp.array(0.02), 1e-4, y0)
+
+
 def forced() -> Call:
     def solve(diffeqsolve, params, data):
         ts, forces = data
@@ -454,6 +482,7 @@ DOUBLE: dict[str, Callable[[], Call]] = {
     "heat equation": heat,
     "steady state": steady_state,
     "Robertson": stiff,
+    "Brusselator": reaction,
     "forced": forced,
     "event": bouncing_ball,
     "10,001 saves": many_saves,
