@@ -562,10 +562,9 @@ DeerSolver.__init__.__doc__ = """**Arguments:**
     Defaults to one more than there are unknowns: `substeps`, times the number of stages
     plus one if the wrapped solver is a Runge--Kutta method. If the wrapped solver is
     explicit and the solution finite, then this always suffices. If it is implicit, then
-    to at least 32. If one implicit substep is solved after the other, then each has so
-    many iterations. (Those of eight components or more begin with a chord method, with
-    one Jacobian for the whole substep: by default for up to 10 iterations more, or else
-    for a third of `max_iters`.)
+    the default is at least 32. If one implicit substep is solved after the other, then
+    each has so many iterations. (If the state has eight components or more, then these
+    are preceded by up to 16 of a chord method, which has one Jacobian for a substep.)
 - `sharding`: how each window is divided over devices, along its time axis. A
     `jax.sharding.NamedSharding` whose `PartitionSpec` names the axis (or a tuple of
     axes) of the mesh. Its number of devices must divide `substeps`, and its axes must

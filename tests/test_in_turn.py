@@ -12,11 +12,13 @@ import pytest
 from diffrax import diffeqsolve, ODETerm, PIDController, RESULTS, SaveAt
 from diffrax_deer import (
     AdaptiveGrid,
+    AutoGuess,
     CoarseGuess,
     ConstantGuess,
     DeerAdjoint,
     DeerSolver,
     ExtrapolationGuess,
+    GaussLegendre,
     Jacobi,
     NestedGuess,
     Picard,
@@ -104,13 +106,11 @@ def test_max_iters():
     # For each of the substeps.
     solver = DeerSolver(diffrax.ImplicitEuler(), 8, max_iters=4)
     assert _solve(solver).result == RESULTS.successful
-    # Those of a chord method included.
-    for max_iters in (1, 2, 6):
-        solver = DeerSolver(diffrax.ImplicitEuler(), 8, max_iters=max_iters)
-        sol = _solve(solver, jnp.full(8, 0.1))
-        is_enough = sol.result == RESULTS.successful
-        assert bool(is_enough) == (max_iters == 6)
-        assert sol.solver_state.num_iterations <= max_iters
+    # Of Newton's method, if that is needed.
+    solver = DeerSolver(diffrax.ImplicitEuler(), 8, max_iters=2)
+    sol = _solve(solver, jnp.full(8, 0.1))
+    assert sol.result == RESULTS.nonlinear_max_steps_reached
+    assert sol.solver_state.num_iterations == 2 + 2
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ _imex = diffrax.MultiTerm(
     ids=lambda x: x if isinstance(x, int) else solver_id(x),
 )
 def test_large_states(solver, size):
-    # One Jacobian serves all stages and iterations of a substep.
+    # One Jacobian serves all stages and iterations of each substep.
     is_imex = isinstance(solver, diffrax.Sil3)
     y0 = jnp.concatenate([jnp.linspace(1, 2, size // 2), jnp.zeros(size // 2)])
     kwargs: Any = dict(term=_imex if is_imex else ODETerm(_coupled), y0=y0, args=2.0)
@@ -193,28 +193,43 @@ def test_large_states(solver, size):
     assert in_turn.result == jointly.result == RESULTS.successful
     assert max_error(in_turn.solver_state.ys, jointly.solver_state.ys) < 1e-10
     state = in_turn.solver_state
-    assert 5 <= state.num_iterations <= 10
-    assert state.sequential_evaluations <= 32 * (state.num_iterations + 2)
+    assert 5 <= state.num_iterations <= 16
+    assert state.sequential_evaluations <= 32 * (state.num_iterations + 1)
 
 
 def test_large_states_that_move_far():
-    # The chord method fails, and Newton's begins again.
+    # Newton's method has to begin again.
     cubic = ODETerm(lambda t, y, args: -args * y**3 + jnp.roll(y, 1))
-    y0, factors = jnp.linspace(1, 2, 8), jnp.array([1.0, 1e6, 1e2])
+    y0, factors = jnp.linspace(1, 2, 8), jnp.array([1e-2, 1e6, 1e2])
     solver = DeerSolver(diffrax.ImplicitEuler(), 2)
     solve = lambda args: _solve(solver, y0, cubic, args)
     sols = jax.vmap(solve)(factors)
     assert (sols.result == RESULTS.successful).all()
+    # Also jointly it takes more iterations than there are unknowns.
+    constant = DeerSolver(diffrax.ImplicitEuler(), 2, guess=ConstantGuess())
     for n, factor in enumerate(factors):
-        alone = solve(factor)
-        assert alone.solver_state.num_iterations > 10
-        # Also jointly more than there are unknowns.
-        constant = DeerSolver(diffrax.ImplicitEuler(), 2, guess=ConstantGuess())
-        expected = _solve(constant, y0, cubic, factor)
-        assert expected.result == RESULTS.successful
-        assert expected.solver_state.num_iterations > 5
+        alone, expected = solve(factor), _solve(constant, y0, cubic, factor)
+        assert alone.result == expected.result == RESULTS.successful
         assert max_error(alone.ys, expected.ys) < 1e-10
         assert max_error(sols.ys[n], alone.ys) < 1e-10
+        if n > 0:
+            assert alone.solver_state.sequential_evaluations > 2 * 16
+            assert expected.solver_state.num_iterations > 5
+
+
+def test_stages_that_differ():
+    # With the Jacobian of the middle, corrections of later stages are tiny, although
+    # these are wrong.
+    def field(t, y, args):
+        return jnp.where(t < 1.2, -1e10 * (y - 1), 5 - y)
+
+    y0 = jnp.linspace(1.5, 3, 8)
+    for solver in (RadauIIA(2), GaussLegendre(2), GaussLegendre(3)):
+        sols = [
+            _solve(DeerSolver(solver, 1, guess=guess), y0, ODETerm(field))
+            for guess in (AutoGuess(), ConstantGuess())
+        ]
+        assert max_error(sols[0].ys, sols[1].ys) < 1e-10
 
 
 def test_gradient_of_merged_windows():

@@ -1,72 +1,83 @@
-"""Linearised equations, and to use them for more than one iteration."""
+"""What saves most of the Jacobians of a large implicit substep, and their inverses."""
 
-import equinox as eqx
+import dataclasses
+from typing import cast
+
 import equinox.internal as eqxi
+import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import jax.tree_util as jtu
+from diffrax import RESULTS
 
-from .._custom_types import IntScalarLike
-from .._linear_algebra import Matrices, matvec
-from .._method import AbstractFullMethod, AbstractMethod
-from .._window import AbstractElimination, AbstractWindow, Iterate
+from .._failure import TOO_MANY_ITERATIONS
+from .._method import AbstractFullMethod
+from .._window import Iterate, StageWindow
+from .convergence import Convergence
+from .iteration import excesses_of, Iteration, JointSolution, terms_of
 
 
-# From this size of the state on, Jacobians and their inverses take longer than what a
-# chord method takes in addition.
+# From this size of the state on, to linearise takes longer than some more iterations.
 _LARGE = 8
 # What is not solved by so many iterations is rarely solved by more.
-_FEW = 10
+_MAX_ITERS = 16
 
 
-class Equations(eqx.Module):
-    """The linearised equations of a window."""
-
-    J: Matrices
-    system: AbstractElimination
-
-    def condense(
-        self, r: Iterate, points: Float[Array, "substeps points size"]
-    ) -> tuple[Iterate, Float[Array, "substeps parts points size"]]:
-        """The corrections of each substep, if there is none at its start. And how large
-        the terms are that the values at its points are summed up from."""
-        # Of a sum, rounding errors are in proportion to its largest terms. (To no more
-        # than the points: a large `J` must not excuse large residuals far from the
-        # solution.)
-        terms = matvec(jnp.minimum(jnp.abs(self.J), 1), jnp.abs(points)[:, None])
-        return self.system.condense(r), terms
+def is_large(iteration: Iteration) -> bool:
+    """Whether substeps should be solved in this way, one after the other."""
+    is_full = isinstance(iteration.method, AbstractFullMethod)
+    return is_full and iteration.window.y0.size >= _LARGE
 
 
-class Chord(eqx.Module):
-    """A chord method for a single substep, with one Jacobian for all of its stages.
+def by_chord(iteration: Iteration, guess: Iterate) -> JointSolution:
+    """Solves a single substep by a chord method, with one Jacobian for all stages and
+    iterations, and if that fails then by Newton's method."""
+    first = _chord(iteration, guess)
+    fails = first.result != RESULTS.successful
+    max_iters = jnp.where(fails, iteration.limit(guess), 0)
 
-    **Attributes:**
+    def newton():
+        # Where a chord method has led to may be further away than the guess.
+        second = dataclasses.replace(iteration, max_iters=max_iters).run(guess)
+        pick = lambda x, y: jnp.where(fails, x, y)
+        return JointSolution(
+            at=jtu.tree_map(pick, second.at, first.at),
+            num_iterations=first.num_iterations + second.num_iterations,
+            span=first.span + second.span,
+            result=RESULTS.where(fails, second.result, first.result),
+        )
 
-    - `guess`: where it begins, and where Newton's method does if it fails.
-    - `equations`: those that are linearised at this guess.
-    - `max_iters`: how many iterations it has before it does.
-    """
-
-    guess: Iterate
-    equations: Equations
-    max_iters: IntScalarLike
-
-    def is_over(self, num_iterations: Int[Array, ""]) -> Bool[Array, ""]:
-        # In a batch, all or none.
-        return eqxi.unvmap_any(num_iterations >= self.max_iters)
+    return lax.cond(eqxi.unvmap_any(fails), newton, lambda: first)
 
 
-def chord(
-    window: AbstractWindow,
-    method: AbstractMethod,
-    guess: Iterate,
-    max_iters: IntScalarLike | None,
-) -> Chord | None:
-    """`None` if Newton's method takes less time. `max_iters` are those that there are
-    for both."""
-    if not isinstance(method, AbstractFullMethod) or window.y0.size < _LARGE:
-        return None
+def _chord(iteration: Iteration, guess: Iterate) -> JointSolution:
+    window, method = cast(StageWindow, iteration.window), iteration.method
     _, jacobians = method.linearise(*window.middle(guess))
     J = jacobians()
     J = jnp.where(jnp.isfinite(J), J, 0)
-    few = _FEW if max_iters is None else max_iters // 3
-    return Chord(guess, Equations(J, window.eliminate(J)), few)
+    system = window.eliminate(J)
+    max_iters = jnp.minimum(iteration.limit(guess), _MAX_ITERS)
+
+    def goes_on(state):
+        _, _, num_iterations, is_exact, is_lost = state
+        return jnp.invert(is_exact | is_lost) & (num_iterations < max_iters)
+
+    def step(state):
+        at, convergence, num_iterations, _, _ = state
+        seen = iteration.look(at)
+        rounding = iteration.rounding(seen, terms_of(J, seen.points))
+        # That corrections are small would not tell: where this Jacobian is far too
+        # large, all of them are.
+        is_exact = jnp.all((excesses_of(seen.r, rounding) <= 1) & seen.exists)
+        is_exact = is_exact & (num_iterations > 0)
+        new, is_usable = seen.corrected(system.condense(seen.r))
+        change = iteration.change(at, new)
+        is_lost = convergence.is_standstill(change) | jnp.invert(jnp.all(is_usable))
+        # A last correction is of use for what is still slightly wrong in every substep.
+        return new, Convergence(change), num_iterations + 1, is_exact, is_lost
+
+    zero, no = jnp.array(0, jnp.int32), jnp.array(False)
+    init = guess, Convergence(jnp.array(0, guess.ys.dtype)), zero, no, no
+    at, _, num_iterations, is_exact, _ = lax.while_loop(goes_on, step, init)
+    result = RESULTS.where(is_exact, RESULTS.successful, TOO_MANY_ITERATIONS)
+    span = num_iterations + method.span(guess.ys.shape[1])
+    return JointSolution(at, num_iterations, span, result)

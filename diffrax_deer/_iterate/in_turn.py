@@ -10,7 +10,7 @@ from diffrax import RESULTS
 
 from .._failure import NONFINITE
 from .._window import is_finite, Iterate
-from .chord import chord
+from .chord import by_chord, is_large
 from .iteration import Iteration, JointSolution
 
 
@@ -24,6 +24,7 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
     window = iteration.window
     if window.is_explicit:
         return _made(iteration)
+    solve = by_chord if is_large(iteration) else Iteration.run
 
     def goes_on(state):
         index, _, so_far = state
@@ -36,12 +37,11 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
         # What happened in the last substep is likely to happen again. (On another grid
         # it is of another length, but by less than twice.)
         guess = one.targets(last, last.ks)
-        first = chord(one, iteration.method, guess, iteration.max_iters)
-        alone = dataclasses.replace(iteration, window=one, chord=first)
+        alone = dataclasses.replace(iteration, window=one)
         # In a batch others may go on.
         okay = so_far.result == RESULTS.successful
         max_iters = jnp.where(okay, alone.limit(guess), 0)
-        new = dataclasses.replace(alone, max_iters=max_iters).run(guess)
+        new = solve(dataclasses.replace(alone, max_iters=max_iters), guess)
         put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, index, axis=0)
         so_far = JointSolution(
             at=jtu.tree_map(put, so_far.at, new.at),

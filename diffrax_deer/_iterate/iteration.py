@@ -12,12 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._custom_types import IntScalarLike, PyTree, RealScalarLike
 from .._failure import NONFINITE, TOO_MANY_ITERATIONS
-from .._linear_algebra import Matrices
+from .._linear_algebra import Matrices, matvec
 from .._method import AbstractMethod
 from .._scan import AbstractScan, whole_scan
 from .._time_axis import after, before, first_of, running
 from .._window import AbstractWindow, is_finite, is_noisy, Iterate, up_to_front
-from .chord import Chord, Equations
 from .convergence import Convergence
 from .restart import restart, too_large
 
@@ -70,8 +69,6 @@ class Iteration(eqx.Module):
     atol: RealScalarLike | None
     norm: Callable[[PyTree], RealScalarLike]
     max_iters: IntScalarLike | None
-    # How to begin on a single substep, if not with Newton's method.
-    chord: Chord | None = None
 
     def run(self, guess: Iterate) -> JointSolution:
         """If the result is not successful, then this is what the iteration ended with.
@@ -117,16 +114,12 @@ class Iteration(eqx.Module):
         # One unknown after the other becomes exact, at least. One more to see it.
         _, stages = self.window.stage_shape
         most = len(at.ys) * (stages + 1) + 1
-        if not self.window.is_explicit:
-            most = max(most, _MOST_OF_NEWTON)
-        return most if self.chord is None else most + self.chord.max_iters
+        return most if self.window.is_explicit else max(most, _MOST_OF_NEWTON)
 
     def step(self, state: State) -> State:
-        if self.chord is not None:
-            state = self.without_chord(state, self.chord)
         seen = self.look(state.at)
         rounding = self.rounding(seen, state.terms)
-        excesses = _excesses(seen.r, rounding)
+        excesses = excesses_of(seen.r, rounding)
         drifts = _drifts(self.window, seen.r, rounding)
         is_exact = state.convergence.is_exact(excesses, drifts) & seen.exists
         is_exact = jnp.all(is_exact)
@@ -139,14 +132,6 @@ class Iteration(eqx.Module):
             lambda: self.accept(state),
             lambda: self.correct(state, seen, rounding, excesses, is_exact),
         )
-
-    def without_chord(self, state: State, chord: Chord) -> State:
-        """If the chord method has failed then Newton's begins, and where that one did:
-        where it has led to may be further away."""
-        count = lambda s: (s.num_iterations, s.span)
-        anew = eqx.tree_at(count, self.init(chord.guess), count(state))
-        fails = state.num_iterations == chord.max_iters
-        return jtu.tree_map(lambda x, y: jnp.where(fails, x, y), anew, state)
 
     def accept(self, state: State) -> State:
         """If there is nothing to correct."""
@@ -167,7 +152,7 @@ class Iteration(eqx.Module):
         is_exact: Bool[Array, ""],
     ) -> State:
         window, at = self.window, state.at
-        delta, is_telling, terms = self.correction(state, seen)
+        delta, is_telling, terms = self.correction(seen)
         new, usable = seen.corrected(delta)
         # Where nothing arrives, or nothing departs from. (If left as they are, these
         # would come back one by one.)
@@ -181,7 +166,7 @@ class Iteration(eqx.Module):
         if is_noisy(window.eps):
             heard = window.noise(seen.points, seen.r, standstill)
             rounding = jtu.tree_map(jnp.add, rounding, window.as_residual(heard))
-            excesses = _excesses(seen.r, rounding)
+            excesses = excesses_of(seen.r, rounding)
         stagnates = standstill & jnp.all(excesses <= 1)
         is_close = state.convergence.is_close(change, is_telling)
         # If damped, it may also be zero far from the solution.
@@ -196,7 +181,7 @@ class Iteration(eqx.Module):
             at=new,
             convergence=Convergence(change),
             num_iterations=state.num_iterations + 1,
-            span=state.span + 1 + self.span_of_equations(state),
+            span=state.span + 1 + self.method.span(at.ys.shape[1]),
             terms=terms,
             lost=lost,
             finite=finite,
@@ -234,49 +219,28 @@ class Iteration(eqx.Module):
         size = jnp.abs(seen.values) + terms
         return self.window.as_residual(of_sums * ends[:, None, None] + of_values * size)
 
-    def correction(self, state: State, seen: "_Seen") -> tuple[Iterate, Array, Array]:
-        """And whether its size tells how far away the solution is, and how large the
-        terms are that the values have been summed up from."""
-        r = seen.r
-        if len(r.ys) == 1:
-            # Its start does not move, so what follows from that need not be known.
-            condensed, terms = self.condensed_alone(state, seen)
-            usable = is_finite(condensed.ys)
-            ys = jnp.where(usable[:, None], condensed.ys, r.ys)
-            return Iterate(ys, condensed.ks), jnp.array(True), terms
-        equations = self.equations(seen)
-        condensed, terms = equations.condense(r, seen.points)
-        A = equations.system.A
-        # The equations of the stages may have no solution.
-        usable = is_finite(condensed.ys) & is_finite(A.reshape(len(A), -1))
-        A = jnp.where(jnp.expand_dims(usable, range(1, A.ndim)), A, 0)
-        known = jnp.where(usable[:, None], condensed.ys, r.ys)
-        scan = whole_scan(self.scan, self.window.sharding)
-        ys, is_telling = self.method.correct(scan, A, known, seen.at.ys)
-        # This changes nothing, unless the scan makes rounding errors larger than ours.
-        ys = jnp.where(seen.is_known[:, None], known, ys)
-        ks = equations.system.substitute(before(ys), condensed)
-        return Iterate(ys, ks), is_telling, terms
-
-    def condensed_alone(self, state: State, seen: "_Seen") -> tuple[Iterate, Array]:
-        newton = lambda: self.equations(seen).condense(seen.r, seen.points)
-        if self.chord is None:
-            return newton()
-        equations = self.chord.equations
-        chord = lambda: equations.condense(seen.r, seen.points)
-        return lax.cond(self.chord.is_over(state.num_iterations), newton, chord)
-
-    def span_of_equations(self, state: State) -> IntScalarLike:
-        span = self.method.span(state.at.ys.shape[1])
-        if self.chord is None:
-            return span
-        return jnp.where(self.chord.is_over(state.num_iterations), span, 0)
-
-    def equations(self, seen: "_Seen") -> Equations:
+    def correction(self, seen: "_Seen") -> tuple[Iterate, Array, Array]:
         J = seen.jacobians()
         usable = seen.okay & jnp.isfinite(J).reshape(*seen.okay.shape, -1).all(axis=-1)
         J = jnp.where(jnp.expand_dims(usable, range(3, J.ndim)), J, 0)
-        return Equations(J, self.window.eliminate(J))
+        system = self.window.eliminate(J)
+        condensed = system.condense(seen.r)
+        terms = terms_of(J, seen.points)
+        # The equations of the stages may have no solution.
+        usable = is_finite(condensed.ys)
+        if len(J) == 1:
+            # Its start does not move, so what follows from that need not be known.
+            ys = jnp.where(usable[:, None], condensed.ys, seen.r.ys)
+            return Iterate(ys, condensed.ks), jnp.array(True), terms
+        usable = usable & is_finite(system.A.reshape(len(J), -1))
+        A = jnp.where(jnp.expand_dims(usable, range(1, system.A.ndim)), system.A, 0)
+        r = jnp.where(usable[:, None], condensed.ys, seen.r.ys)
+        scan = whole_scan(self.scan, self.window.sharding)
+        ys, is_telling = self.method.correct(scan, A, r, seen.at.ys)
+        # This changes nothing, unless the scan makes rounding errors larger than ours.
+        ys = jnp.where(seen.is_known[:, None], r, ys)
+        delta = Iterate(ys, system.substitute(before(ys), condensed))
+        return delta, is_telling, terms
 
     def lost(
         self,
@@ -357,7 +321,16 @@ class _Seen(eqx.Module):
         return Iterate(ys, ks), ys_okay & jnp.all(ks_okay, axis=(1, 2))
 
 
-def _excesses(r: Iterate, bound: Iterate) -> Float[Array, " substeps"]:
+def terms_of(
+    J: Matrices, points: Float[Array, "substeps points size"]
+) -> Float[Array, "substeps parts points size"]:
+    """How large the terms are that values at these points have been summed up from."""
+    # Of a sum, rounding errors are in proportion to its largest terms. (To no more than
+    # the points: a large `J` must not excuse large residuals far from the solution.)
+    return matvec(jnp.minimum(jnp.abs(J), 1), jnp.abs(points)[:, None])
+
+
+def excesses_of(r: Iterate, bound: Iterate) -> Float[Array, " substeps"]:
     """How large the residuals of each substep are, in units of their bounds."""
     ratio = lambda r, bound: jnp.where(r == 0, 0, jnp.abs(r) / bound)
     ratios = jtu.tree_map(ratio, r, bound)

@@ -106,12 +106,6 @@ class AbstractWindow(eqx.Module):
         """Where the function has to be evaluated."""
 
     @abc.abstractmethod
-    def middle(
-        self, at: Iterate
-    ) -> tuple["AbstractWindow", Float[Array, "substeps 1 size"]]:
-        """One of these points in each substep, and a window that has no others."""
-
-    @abc.abstractmethod
     def targets(
         self, at: Iterate, values: Float[Array, "substeps parts points size"]
     ) -> Iterate:

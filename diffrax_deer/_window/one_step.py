@@ -66,9 +66,6 @@ class AbstractMapWindow(AbstractWindow):
     def points(self, at: Iterate) -> Float[Array, "substeps 1 size"]:
         return self.starts(at.ys)[:, None]
 
-    def middle(self, at):
-        return self, self.points(at)
-
     def targets(
         self, at: Iterate, values: Float[Array, "substeps 1 1 size"]
     ) -> Iterate:

@@ -106,11 +106,6 @@ class StageWindow(AbstractWindow):
     def points(self, at: Iterate) -> Float[Array, "substeps stages size"]:
         return self.starts(at.ys)[:, None] + weighted(self.tableau.A, at.ks)
 
-    def middle(self, at):
-        index, tableau = self.tableau.middle
-        alone = dataclasses.replace(self, tableau=tableau)
-        return alone, self.points(at)[:, index : index + 1]
-
     def targets(
         self, at: Iterate, values: Float[Array, "substeps parts stages size"]
     ) -> Iterate:
@@ -128,6 +123,14 @@ class StageWindow(AbstractWindow):
         has_blocks = J.ndim == 6
         kind = BlockElimination if has_blocks else StageElimination
         return kind(self.tableau, J)
+
+    def middle(
+        self, at: Iterate
+    ) -> tuple["StageWindow", Float[Array, "substeps 1 size"]]:
+        """The stage in the middle of each substep, and a window with no other."""
+        index, tableau = self.tableau.middle
+        alone = dataclasses.replace(self, tableau=tableau)
+        return alone, self.points(at)[:, index : index + 1]
 
     def net(self, r: Iterate) -> Float[Array, "substeps size"]:
         return r.ys + weighted(self.tableau.b, r.ks)
