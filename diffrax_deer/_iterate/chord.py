@@ -8,6 +8,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import RESULTS
+from jaxtyping import Array, Bool, Int
 
 from .._failure import TOO_MANY_ITERATIONS
 from .._method import AbstractFullMethod
@@ -28,10 +29,19 @@ def is_large(iteration: Iteration) -> bool:
     return is_full and iteration.window.y0.size >= _LARGE
 
 
-def by_chord(iteration: Iteration, guess: Iterate) -> JointSolution:
+def by_chord(
+    iteration: Iteration, guess: Iterate, tries: Bool[Array, ""]
+) -> tuple[JointSolution, Bool[Array, ""]]:
     """Solves a single substep by a chord method, with one Jacobian for all stages and
-    iterations, and if that fails then by Newton's method."""
-    first = _chord(iteration, guess)
+    iterations, and if that fails, or is not to be tried, then by Newton's method. Also
+    returns whether it has failed."""
+    zero = jnp.array(0, jnp.int32)
+    nothing = JointSolution(guess, zero, zero, TOO_MANY_ITERATIONS)
+    first = lax.cond(
+        eqxi.unvmap_any(tries),
+        lambda: _chord(iteration, guess, jnp.where(tries, _MAX_ITERS, 0)),
+        lambda: nothing,
+    )
     fails = first.result != RESULTS.successful
     max_iters = jnp.where(fails, iteration.limit(guess), 0)
 
@@ -46,16 +56,18 @@ def by_chord(iteration: Iteration, guess: Iterate) -> JointSolution:
             result=RESULTS.where(fails, second.result, first.result),
         )
 
-    return lax.cond(eqxi.unvmap_any(fails), newton, lambda: first)
+    return lax.cond(eqxi.unvmap_any(fails), newton, lambda: first), fails
 
 
-def _chord(iteration: Iteration, guess: Iterate) -> JointSolution:
+def _chord(
+    iteration: Iteration, guess: Iterate, max_iters: Int[Array, ""]
+) -> JointSolution:
     window, method = cast(StageWindow, iteration.window), iteration.method
     _, jacobians = method.linearise(*window.middle(guess))
     J = jacobians()
     J = jnp.where(jnp.isfinite(J), J, 0)
     system = window.eliminate(J)
-    max_iters = jnp.minimum(iteration.limit(guess), _MAX_ITERS)
+    max_iters = jnp.minimum(iteration.limit(guess), max_iters)
 
     def goes_on(state):
         _, _, num_iterations, is_exact, is_lost = state

@@ -14,6 +14,11 @@ from .chord import by_chord, is_large
 from .iteration import Iteration, JointSolution
 
 
+# If a chord method fails in so many substeps in a row then it is not tried any more:
+# where the equations are very stiff, rounding errors hide whether it has converged.
+_MOST_FAILURES = 2
+
+
 def solve_in_turn(iteration: Iteration) -> JointSolution:
     """Solves one substep after the other.
 
@@ -24,15 +29,14 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
     window = iteration.window
     if window.is_explicit:
         return _made(iteration)
-    solve = by_chord if is_large(iteration) else Iteration.run
 
     def goes_on(state):
-        index, _, so_far = state
+        index, _, _, so_far = state
         okay = so_far.result == RESULTS.successful
         return (index < substeps) & eqxi.unvmap_any(okay)
 
     def body(state):
-        index, last, so_far = state
+        index, last, failures, so_far = state
         one = window.substep(index, last.ys[0])
         # What happened in the last substep is likely to happen again. (On another grid
         # it is of another length, but by less than twice.)
@@ -41,7 +45,12 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
         # In a batch others may go on.
         okay = so_far.result == RESULTS.successful
         max_iters = jnp.where(okay, alone.limit(guess), 0)
-        new = solve(dataclasses.replace(alone, max_iters=max_iters), guess)
+        alone = dataclasses.replace(alone, max_iters=max_iters)
+        if is_large(iteration):
+            new, fails = by_chord(alone, guess, failures < _MOST_FAILURES)
+            failures = jnp.where(fails, failures + 1, 0)
+        else:
+            new = alone.run(guess)
         put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, index, axis=0)
         so_far = JointSolution(
             at=jtu.tree_map(put, so_far.at, new.at),
@@ -52,13 +61,14 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
         stay = Iterate(last.ys, jnp.zeros_like(last.ks))
         okay = so_far.result == RESULTS.successful
         last = jtu.tree_map(lambda x, y: jnp.where(okay, x, y), new.at, stay)
-        return index + 1, last, so_far
+        return index + 1, last, failures, so_far
 
     substeps, zero = len(jtu.tree_leaves(window.xs)[0]), jnp.array(0, jnp.int32)
     start = Iterate(window.y0[None], window.zeros(1).ks)
     at = jtu.tree_map(lambda x: jnp.broadcast_to(x, (substeps, *x.shape[1:])), start)
     solution = JointSolution(at, zero, zero, RESULTS.successful)
-    _, _, solution = lax.while_loop(goes_on, body, (zero, start, solution))
+    init = zero, start, zero, solution
+    *_, solution = lax.while_loop(goes_on, body, init)
     return solution
 
 
