@@ -232,6 +232,24 @@ def test_stages_that_differ():
         assert max_error(sols[0].ys, sols[1].ys) < 1e-10
 
 
+def test_large_and_very_stiff():
+    # No residual is as small as the rounding errors of values there.
+    def field(t, y, args):
+        return 1e4 * (jnp.roll(y, 1) + jnp.roll(y, -1) - 2 * y) - y**3 + jnp.cos(t)
+
+    in_turn, jointly = (
+        _solve(
+            DeerSolver(RadauIIA(2), 32, guess=guess),
+            *(jnp.linspace(-0.7, 1.3, 16), ODETerm(field)),
+        )
+        for guess in (AutoGuess(), ConstantGuess())
+    )
+    assert in_turn.result == jointly.result == RESULTS.successful
+    assert max_error(in_turn.solver_state.ys, jointly.solver_state.ys) < 1e-11
+    # It takes more iterations than Newton's method would, and has not been given up.
+    assert in_turn.solver_state.sequential_evaluations > 8 * 32
+
+
 def test_gradient_of_merged_windows():
     # Of which the guess says something else than of one of their steps.
     solver = DeerSolver(diffrax.Kvaerno5(), 1, guess=CoarseGuess(steps=1))

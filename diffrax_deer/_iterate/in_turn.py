@@ -14,9 +14,9 @@ from .chord import by_chord, is_large
 from .iteration import Iteration, JointSolution
 
 
-# If a chord method fails in so many substeps in a row then it is not tried any more:
-# where the equations are very stiff, rounding errors hide whether it has converged.
-_MOST_FAILURES = 2
+# If a chord method fails in so many substeps in a row then it is not tried any more.
+# (It often fails in the first ones, for which there is no good guess yet.)
+_MOST_FAILURES = 4
 
 
 def solve_in_turn(iteration: Iteration) -> JointSolution:
