@@ -8,7 +8,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax import RESULTS
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from .._failure import TOO_MANY_ITERATIONS
 from .._linear_algebra import matvec
@@ -24,6 +24,9 @@ _LARGE = 8
 _MAX_ITERS = 16
 # The fraction of the tolerance that corrections have to reach if residuals cannot.
 _SMALL = 0.1
+# If it fails in so many substeps in a row then it is not tried any more. (It often
+# fails in the first ones, for which there is no good guess yet.)
+_MOST_FAILURES = 4
 
 
 def is_large(iteration: Iteration) -> bool:
@@ -33,12 +36,14 @@ def is_large(iteration: Iteration) -> bool:
 
 
 def by_chord(
-    iteration: Iteration, guess: Iterate, tries: Bool[Array, ""]
-) -> tuple[JointSolution, Bool[Array, ""]]:
+    iteration: Iteration, guess: Iterate, failures: Int[Array, ""]
+) -> tuple[JointSolution, Int[Array, ""]]:
     """Solves a single substep by a chord method, with one Jacobian for all stages and
-    iterations, and if that fails, or is not to be tried, then by Newton's method. Also
-    returns whether it has failed."""
-    zero = jnp.array(0, jnp.int32)
+    iterations, or if that fails, or has failed too often, by Newton's method.
+
+    `failures` says in how many substeps in a row it has. Also returns in how many now.
+    """
+    tries, zero = failures < _MOST_FAILURES, jnp.array(0, jnp.int32)
     nothing = JointSolution(guess, zero, zero, TOO_MANY_ITERATIONS)
     first = lax.cond(
         eqxi.unvmap_any(tries),
@@ -59,7 +64,8 @@ def by_chord(
             result=RESULTS.where(fails, second.result, first.result),
         )
 
-    return lax.cond(eqxi.unvmap_any(fails), newton, lambda: first), fails
+    solution = lax.cond(eqxi.unvmap_any(fails), newton, lambda: first)
+    return solution, jnp.where(fails, failures + 1, 0)
 
 
 def _chord(
@@ -72,6 +78,13 @@ def _chord(
     system = window.eliminate(J)
     max_iters = jnp.minimum(iteration.limit(guess), max_iters)
 
+    def is_solved(seen, terms):
+        """Whether there is nothing left but rounding errors."""
+        # That corrections are small would not tell: where this Jacobian is far too
+        # large, all of them are.
+        excesses = excesses_of(seen.r, iteration.rounding(seen, terms))
+        return jnp.all((excesses <= 1) & seen.exists)
+
     def goes_on(state):
         _, _, num_iterations, is_exact, is_lost = state
         return jnp.invert(is_exact | is_lost) & (num_iterations < max_iters)
@@ -79,11 +92,8 @@ def _chord(
     def step(state):
         at, convergence, num_iterations, _, _ = state
         seen = iteration.look(at)
-        rounding = iteration.rounding(seen, terms_of(J, seen.points))
-        # That corrections are small would not tell: where this Jacobian is far too
-        # large, all of them are.
-        is_exact = jnp.all((excesses_of(seen.r, rounding) <= 1) & seen.exists)
-        is_exact = is_exact & (num_iterations > 0)
+        # Not at first sight, as in any iteration for a single substep.
+        is_exact = is_solved(seen, terms_of(J, seen.points)) & (num_iterations > 0)
         new, is_usable = seen.corrected(system.condense(seen.r))
         change = iteration.change(at, new)
         is_lost = convergence.is_standstill(change) | jnp.invert(jnp.all(is_usable))
@@ -91,12 +101,10 @@ def _chord(
         return new, Convergence(change), num_iterations + 1, is_exact, is_lost
 
     def stands_still():
-        # Where it is very stiff, rounding errors of the stages are larger in what they
-        # lead to. By how much, the Jacobians of each of them say.
+        # Where it is very stiff, the Jacobians of the stages amplify rounding errors.
         seen = iteration.look(at)
         terms = matvec(jnp.abs(seen.jacobians()), jnp.abs(seen.points)[:, None])
-        excesses = excesses_of(seen.r, iteration.rounding(seen, terms))
-        return jnp.all((excesses <= 1) & seen.exists)
+        return is_solved(seen, terms)
 
     zero, no = jnp.array(0, jnp.int32), jnp.array(False)
     init = guess, Convergence(jnp.array(0, guess.ys.dtype)), zero, no, no

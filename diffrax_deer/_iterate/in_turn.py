@@ -14,11 +14,6 @@ from .chord import by_chord, is_large
 from .iteration import Iteration, JointSolution
 
 
-# If a chord method fails in so many substeps in a row then it is not tried any more.
-# (It often fails in the first ones, for which there is no good guess yet.)
-_MOST_FAILURES = 4
-
-
 def solve_in_turn(iteration: Iteration) -> JointSolution:
     """Solves one substep after the other.
 
@@ -47,8 +42,7 @@ def solve_in_turn(iteration: Iteration) -> JointSolution:
         max_iters = jnp.where(okay, alone.limit(guess), 0)
         alone = dataclasses.replace(alone, max_iters=max_iters)
         if is_large(iteration):
-            new, fails = by_chord(alone, guess, failures < _MOST_FAILURES)
-            failures = jnp.where(fails, failures + 1, 0)
+            new, failures = by_chord(alone, guess, failures)
         else:
             new = alone.run(guess)
         put = lambda x, y: lax.dynamic_update_slice_in_dim(x, y, index, axis=0)

@@ -114,9 +114,10 @@ class StageElimination(AbstractElimination):
             return [()] * self.tableau.stages
         weights, which = diagonals[:, implicit], range(len(implicit))
         if is_same:
-            # Most methods have the same coefficient in all of them.
+            # One inverse for each coefficient. Most methods have only one.
             weights, which = np.unique(weights, axis=1, return_inverse=True)
             which = which.ravel()
+        # (If they are the same then it does not matter of which stages these are.)
         J = self.J[:, :, implicit[: weights.shape[1]]]
         weights = jnp.asarray(weights, J.dtype)
         weights = jnp.expand_dims(weights, (0, *range(3, J.ndim)))
